@@ -130,6 +130,15 @@ def image_fit(image_processor, max_pixels: int, min_pixels: int) -> Fit:
     )
 
 
+def check_fit(image_processor, fit: Fit) -> None:
+    """Show on one picture that the processor leaves fitted images as they are; raises DataError where it does not."""
+    noise = Image.effect_noise((640, 427), 64).convert("RGB").resize(fit.size(640, 427))
+    switches = {name: False for name in ("do_resize", "do_center_crop") if hasattr(image_processor, name)}
+    processed, untouched = (image_processor(images=[noise], return_tensors="np", **kw)["pixel_values"] for kw in ({}, switches))
+    if processed.shape != untouched.shape or not (processed == untouched).all():
+        raise DataError(f"{type(image_processor).__name__} resizes or crops an image that was fitted to {noise.size}: boxes would be displaced")
+
+
 def open_image(source: ImageSource, expected_size: tuple[int, int] | None = None) -> Image.Image:
     """Decode one image: turned upright by its EXIF tag, RGB, transparency on white.
 
@@ -176,7 +185,7 @@ class Example:
     images       where to find the images; nothing is decoded before open_images
     size         (width, height) of the first image in original pixels, the frame of all boxes
     solution     detection: list of boxes in original pixels, empty if the category is absent
-    category     what is asked for
+    category     what is asked for; category_id is its number in COCO's results format
     crowds       regions that detection scores must ignore (COCO's iscrowd), original pixels
     image_id     groups the examples of one image, for scores over images
     question     a prompt that came with the data; None: the task writes it
@@ -189,7 +198,8 @@ class Example:
     solution: tuple[Box, ...]
     category: str
     crowds: tuple[Box, ...] = ()
-    image_id: int | str = 0
+    image_id: int = 0
+    category_id: int = 0
     question: str | None = None
     coordinates: str | None = None
 
@@ -255,6 +265,7 @@ def read_coco(
         if not isinstance(table, dict) or not isinstance(table.get(key), list):
             raise DataError(f"{file}: no list '{key}' at the top level; COCO instances files have images, annotations and categories")
     name_of = {_field(file, "categories", row, c, "id"): _field(file, "categories", row, c, "name") for row, c in enumerate(table["categories"])}
+    id_of = {name: category_id for category_id, name in name_of.items()}
     wanted = _wanted_categories(file, list(name_of.values()), categories)
     images, skipped = _coco_images(file, folder, table["images"])
     boxes, crowds = _coco_boxes(file, table["annotations"], images, name_of, skipped)
@@ -265,7 +276,8 @@ def read_coco(
     def example(image_id, category: str) -> Example:
         path, size = images[image_id]
         key = (image_id, category)
-        return Example(f"{split}/{image_id}/{category}", (path,), size, tuple(boxes.get(key, ())), category, tuple(crowds.get(key, ())), image_id)
+        targets, ignored = (tuple(table.get(key, ())) for table in (boxes, crowds))
+        return Example(f"{split}/{image_id}/{category}", (path,), size, targets, category, ignored, image_id, id_of[category])
 
     shown = {category: [i for i in images if i not in skipped and (i, category) in boxes] for category in wanted}
     empty = [category for category in wanted if not shown[category]]
@@ -416,9 +428,9 @@ def read_released(
             if not skip_bad_images:
                 raise
             skipped.append(str(error))
-    if categories is not None:
-        names = _wanted_categories(Path(data), sorted({e.category for e in examples}), categories)
-        examples = [e for e in examples if e.category in names]
+    known = sorted({e.category for e in examples})
+    wanted = _wanted_categories(Path(data), known, categories)
+    examples = [replace(e, category_id=known.index(e.category) + 1) for e in examples if e.category in wanted]
     return examples, [f"{data}: {len(skipped)} rows skipped; first: {skipped[0]}"] if skipped else []
 
 
@@ -499,6 +511,7 @@ class Task:
     hub_data  the released dataset that is used without --data
     prompt    (category, target, coordinates, think) -> text
     rewards   default rewards and weights, names of rewards.REWARDS
+    parse     completion -> answer, None where it is malformed: the rewards' own parser
     metric    which score of evaluate.py is the task's
     """
 
@@ -507,6 +520,7 @@ class Task:
     hub_data: str
     prompt: Callable[[str, tuple[int, int], str, bool], str]
     rewards: dict[str, float]
+    parse: Callable[[str], object | None]
     metric: str
 
     def question(self, example: Example, seen_size: tuple[int, int], coordinates: str, think: bool) -> tuple[str, tuple[int, int]]:
@@ -530,6 +544,7 @@ TASKS = {
         hub_data="laolao77/ViRFT_COCO",
         prompt=detection_prompt,
         rewards={"iou": 1.0, "confidence": 1.0, "format": 1.0},
+        parse=parse_detections,
         metric="detection",
     ),
 }

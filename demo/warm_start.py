@@ -38,7 +38,7 @@ from data import detection_answer, detection_prompt, round_box  # noqa: E402
 from demo.shapes import CATEGORIES, COLORS, SHAPES, SIZE, draw_scene, random_scene  # noqa: E402
 from rewards import box_iou  # noqa: E402
 
-PATCH = 28
+PATCH = 16
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: {% for part in message['content'] %}"
