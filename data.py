@@ -9,6 +9,8 @@ image. What a model reads and writes is derived from it by one pair of functions
 `to_pixels`, and prompt, reward, evaluation and drawing all use that pair: mixed-up coordinates are
 the most reported failure of this method (an IoU reward that stays near 0).
 
+From there `Prompts` makes what a model reads, with its processor, and `collate` makes batches.
+
 To add a task, write a reader and a prompt, and enter them in TASKS; nothing else knows a task by name.
 """
 
@@ -24,7 +26,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from rewards import REWARDS, Box, parse_detections
 
@@ -222,6 +227,17 @@ def detection_answer(boxes: Sequence[Box], confidences: Sequence[float] | None =
     confidences = confidences or [1] * len(boxes)
     corners = [round_box(box) if digits is None else [round(x, digits) for x in box] for box in boxes]
     return str([{"Position": list(box), "Confidence": c} for box, c in zip(corners, confidences)])
+
+
+def model_answer(example: Example, target: tuple[int, int], think: bool = True) -> str:
+    """A perfect completion without a thought, in the model's coordinates: to count its tokens, and to test with."""
+    return f"{'<think></think>' if think else ''}<answer>{detection_answer(model_solution(example, target))}</answer>"
+
+
+def questions(picture: Path, categories: str) -> list[Example]:
+    """One example without ground truth per category, about a picture of the user's."""
+    size = open_image(picture).size
+    return [Example(f"{picture}/{name.strip()}", (picture,), size, (), name.strip()) for name in categories.split(",")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -550,3 +566,116 @@ TASKS = {
 }
 
 assert all(name in REWARDS for task in TASKS.values() for name in task.rewards)
+
+
+def load_examples(task: Task, source: str, split: str, max_boxes: int | None = None, limit: int | None = None, seed: int = 0, **options):
+    """The examples of a split and notes for the user; options are the reader's.
+
+    max_boxes: leave out examples with more boxes. limit: this many examples, chosen by seed.
+    """
+    examples, notes = task.read(source, split, seed=seed, **options)
+    if max_boxes is not None:
+        kept = [e for e in examples if len(e.solution) <= max_boxes]
+        notes.append(f"--max_boxes {max_boxes}: {len(examples) - len(kept)} examples left out")
+        examples = kept
+    if limit is not None and limit < len(examples):
+        notes.append(f"{limit} of {len(examples)} examples, chosen by seed {seed}")
+        examples = random.Random(seed).sample(examples, limit)
+    if not examples:
+        raise DataError(f"{source}: no example is left of the {split} split")
+    return examples, [f"{len(examples)} {split} examples from {source}", *notes]
+
+
+# ------------------------------------------------------------------------------------------------
+# From examples to what a model reads.
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example as the model meets it.
+
+    inputs    what the processor made of it, a batch of one
+    target    (width, height) of the coordinates that the question speaks
+    solution  ground truth in those coordinates, for the rewards
+    slot      its place among the prompts of a step, over all processes
+    """
+
+    example: Example
+    inputs: dict[str, Tensor]
+    target: tuple[int, int]
+    solution: list
+    slot: int
+
+
+class Prompts(torch.utils.data.Dataset):
+    """Examples -> Prompts, in a loader's workers, ahead of the step: open, resize, write the question, tokenize.
+
+    Indexed by (slot, index of the example). max_length: tokens that a prompt may have; none is ever cut.
+    """
+
+    def __init__(self, task, examples, processor, fit, coordinates, think=True, system_prompt=None, max_length=None):
+        self.task, self.examples, self.processor, self.fit = task, examples, processor, fit
+        self.coordinates, self.think, self.system_prompt, self.max_length = coordinates, think, system_prompt, max_length
+
+    def __getitem__(self, key: tuple[int, int]) -> Prompt | DataError:
+        slot, index = key
+        try:
+            return self.encode(self.examples[index], slot)
+        except DataError as error:
+            return error  # for `whole` to pass on: raised in a worker it would arrive as a traceback in a string
+
+    def of(self, examples: list[Example]) -> "Prompts":
+        """The same encoding of other examples."""
+        return Prompts(self.task, examples, self.processor, self.fit, self.coordinates, self.think, self.system_prompt, self.max_length)
+
+    def encode(self, example: Example, slot: int = 0) -> Prompt:
+        """Raises DataError naming the image that cannot be opened or the example that is too long."""
+        images = open_images(example, self.fit)
+        question, target = self.task.question(example, images[0].size, self.coordinates, self.think)
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = dict(self.processor(text=[text], images=images, return_tensors="pt"))
+        length = inputs["input_ids"].shape[1]
+        if self.max_length is not None and length > self.max_length:
+            raise DataError(
+                f"example {example.id}: its prompt has {length} tokens, and the model's positions leave {self.max_length} beside "
+                "the completion; prompts are never cut: lower --max_pixels or --max_completion_tokens"
+            )
+        return Prompt(example, inputs, target, model_solution(example, target), slot)
+
+
+def whole(prompts: list[Prompt | DataError]) -> list[Prompt]:
+    """The prompts of one batch, in the main process; raises the error that stands in the place of one."""
+    for prompt in prompts:
+        if isinstance(prompt, DataError):
+            raise prompt
+    return prompts
+
+
+def collate(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
+    """Join encoded prompts to one batch: sequences padded on the left, everything else joined along dimension 0.
+
+    A tensor shaped like input_ids is a sequence. Others (pixels, grids, image sizes) have one row per image or patch,
+    in the order of the prompts; their other dimensions are padded with zeros, as processors do.
+    """
+    length = max(p.inputs["input_ids"].shape[1] for p in prompts)
+    batch = {}
+    for name, first in prompts[0].inputs.items():
+        tensors = [p.inputs[name] for p in prompts]
+        if first.shape == prompts[0].inputs["input_ids"].shape:
+            fill = pad_id if name == "input_ids" else 0
+            tensors = [F.pad(t, (length - t.shape[1], 0), value=fill) for t in tensors]
+        else:
+            widest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
+            tensors = [_pad_to(t, widest) for t in tensors]
+        batch[name] = torch.cat(tensors)
+    return batch
+
+
+def _pad_to(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Zeros behind every dimension but the first, up to `sizes`."""
+    missing = [n for size, have in zip(reversed(sizes), reversed(tensor.shape[1:])) for n in (0, size - have)]
+    return F.pad(tensor, missing)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Example, Task, to_pixels
+from data import Example, Prompt, Task, open_image, to_pixels
 from rewards import parse_detections
 
 PROTOCOL = "greedy answers; COCO AP in original pixels over the (image, category) pairs asked, others not searched"
@@ -117,8 +117,6 @@ def append_rows(file: Path, rows: Sequence[dict]) -> None:
 
 def write_evaluation(out: Path, records: Sequence[dict], values: dict[str, float], examples: Sequence[Example], pictures: int = 12) -> None:
     """scores.json, predictions.jsonl, detections.json (COCO's results format) and the first pictures."""
-    from data import open_image
-
     out.mkdir(parents=True, exist_ok=True)
     (out / "scores.json").write_text(json.dumps({"protocol": PROTOCOL, "answers": len(records), **values}, indent=2) + "\n")
     (out / "predictions.jsonl").unlink(missing_ok=True)
@@ -147,6 +145,11 @@ def draw_boxes(image: Image.Image, answer: dict, path: Path, least_side: int = 4
     ImageDraw.Draw(framed).text((4, 2), f"{answer['category']}{said}", "black", font)
     path.parent.mkdir(parents=True, exist_ok=True)
     framed.save(path)
+
+
+def draw_answer(prompt: Prompt, text: str, path: Path) -> None:
+    """draw_boxes for an answer as it came from the model, on the original picture."""
+    draw_boxes(open_image(prompt.example.images[0]), record(prompt.example, prompt.target, text, {}), path)
 
 
 def plot_curves(metrics: Path, path: Path, window: int = 20) -> None:

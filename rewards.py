@@ -16,9 +16,11 @@ Where this differs from the published reward code, and why, is the second half o
 To add a reward, write such a function and enter it in REWARDS; `--rewards name=weight` does the rest.
 """
 
+import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 Box = tuple[float, float, float, float]
 
@@ -257,3 +259,17 @@ REWARDS = {
     "published_accuracy": published_accuracy,
     "giou": giou_reward,
 }
+
+
+def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Callable[[str, object], float], float]]:
+    """{name: (reward(completion, solution), weight)}; each reward gets those of the settings that it takes.
+
+    weights: names of REWARDS and their weights; raises ValueError for an unknown name.
+    """
+    if unknown := weights.keys() - REWARDS.keys():
+        raise ValueError(f"unknown reward {', '.join(sorted(unknown))}; known are {', '.join(REWARDS)}")
+    chosen = {}
+    for name, weight in weights.items():
+        takes = inspect.signature(REWARDS[name]).parameters.keys() & settings.keys()
+        chosen[name] = (partial(REWARDS[name], **{key: settings[key] for key in takes}), weight)
+    return chosen

@@ -30,7 +30,6 @@ Rows of a [B * G, ...] tensor are grouped: prompt 0 completion 0, prompt 0 compl
 
 import contextlib
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -41,7 +40,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,15 +49,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from transformers.utils import is_flash_attn_2_available
 
 import data
 import evaluate
-from data import DataError, Example
-from rewards import REWARDS
+from data import DataError, Example, Prompt, Prompts
+from rewards import choose_rewards
 
 
 def option(default: Any, help: str) -> Any:
@@ -145,8 +143,8 @@ class Prefix(NamedTuple):
 def prefill(model: nn.Module, inputs: dict[str, Tensor], group_size: int) -> Prefix:
     """Run the B left-padded prompts and their images through the model once, and repeat the cache G times.
 
-    Repeating cached keys and values costs a copy; repeating prompts would cost G vision towers and G * P tokens.
-    Gradients flow from every completion through the cache into the one prompt, and on into the vision tower.
+    Repeating keys and values costs a copy; repeating prompts would cost G vision towers and G * P tokens. Gradients
+    flow from every completion through the cache into the one prompt, and on into the vision tower.
     """
     mask = inputs["attention_mask"]  # [B, P]
     length = mask.sum(1)  # [B]
@@ -164,8 +162,7 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor], group_size: int) -> Pre
 def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
     """Feed n more tokens per completion, ids [B * G, n], after all that the cache holds; logits [B * G, n, V].
 
-    The same call decodes (n = 1) and scores (n = C - 1). Positions are passed, not left to the model: what a model
-    remembers of an earlier forward must not reach this one.
+    The same call decodes (n = 1) and scores (n = C - 1). Positions are passed, not left to what a model remembers.
     """
     past, prompt = prefix.cache.get_seq_length(), prefix.mask.shape[1]
     total = past + ids.shape[1]
@@ -179,8 +176,7 @@ def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
 def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
     """log pi(token | what came before), [..., V], in float32: the one distribution that is sampled and scored.
 
-    No top-k, no top-p. `forbidden` ids (image placeholders) have probability 0 in sampler and scorer alike: one of
-    them in a completion would be taken for an image at the next forward.
+    No top-k, no top-p. `forbidden` ids are image placeholders: one in a completion would pass for an image.
     """
     logits = logits.float() / temperature  # bf16 holds 8 bits: its log-probabilities would be wrong by percents
     logits[..., forbidden] = -torch.inf
@@ -188,10 +184,10 @@ def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> T
 
 
 def sample(
-    model: nn.Module, inputs: dict[str, Tensor], noise: Tensor | None, group_size: int, max_tokens: int,
-    eos: Tensor, forbidden: Tensor, temperature: float,
+    model: nn.Module, inputs: dict[str, Tensor], group_size: int, noise: Tensor | None, max_tokens: int, eos: Tensor,
+    temperature: float, forbidden: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Sample G completions for each of B prompts; token ids [B * G, C], C <= max_tokens.
+    """Sample G completions of each of B prompts: token ids [B * G, C], C <= max_tokens.
 
     noise: uniform numbers in [0, 1), [B * G, max_tokens] float64, which decide the tokens; None takes the most
     probable token instead. Behind its first EOS a row is filled with EOS, which completion_mask leaves out.
@@ -219,8 +215,7 @@ def sample(
 def completion_mask(ids: Tensor, eos: Tensor) -> Tensor:
     """True up to and including the first EOS of each row, [B * G, C]; the EOS is trained, what follows is not.
 
-    By position, never by token value: with pad == eos a mask by value would drop the EOS from training, and models
-    trained so forget to stop.
+    By position, not by token value: where pad == eos, a mask by value would leave the EOS untrained.
     """
     is_eos = torch.isin(ids, eos)
     return (is_eos.cumsum(1) - is_eos.long()) == 0
@@ -262,9 +257,7 @@ class CompletionLogps(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, inputs: dict[str, Tensor], ids: Tensor, group_size: int, temperature: float, forbidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: dict, ids: Tensor, group_size: int, temperature: float, forbidden: Tensor):
         """inputs: B prompts; ids [B * G, C]. Returns log pi_theta(o_t | q, o_<t) and entropy, both [B * G, C]."""
         prefix = prefill(self.model, inputs, group_size)
         first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # predicted by the prompt
@@ -291,7 +284,7 @@ def token_weights(mask: Tensor, loss: str, max_completion_tokens: int) -> tuple[
     dr_grpo  sum over tokens / max_completion_tokens, then mean over completions: no length bias
     dapo     mean over all tokens of the optimizer step (arXiv 2503.14476): each token weighs the same
 
-    The divisor is this mask's share; the caller adds up the shares of the step's micro-batches and processes.
+    The divisor is this mask's share of it; the caller adds up the shares of all processes.
     """
     tokens = mask.sum(1, keepdim=True)
     weight = {"grpo": 1.0 / tokens.clamp(min=1), "dr_grpo": 1.0 / max_completion_tokens, "dapo": 1.0}[loss]
@@ -306,8 +299,8 @@ def grpo_loss(
     """Sum over tokens of weight * (-min(rho A, clip(rho) A) + beta KL). GRPO eq. 3, Visual-RFT eq. 2.
 
     logp, logp_old, logp_ref [N, C]: of pi_theta, of the policy that sampled, of the reference (None: no KL term);
-    advantages [N]; weights [N, C], 0 on tokens that do not count. Returns the loss and, per token, the KL and
-    whether the clip stopped the gradient.
+    advantages [N]; weights [N, C], 0 on tokens that do not count. Returns the loss and, per token [N, C], the KL
+    and whether the clip stopped the gradient.
     """
     counted = weights > 0
     # Masked before exp: a wild value on padding would become inf, and inf * 0 is NaN.
@@ -325,7 +318,7 @@ def grpo_loss(
 class Rollout(NamedTuple):
     """What one step of one process sampled and how it was judged."""
 
-    prompts: list["Prompt"]
+    prompts: list[Prompt]
     ids: Tensor  # [B * G, C]
     mask: Tensor  # [B * G, C], completion_mask
     truncated: Tensor  # [B * G], no EOS within the limit
@@ -336,12 +329,13 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(run: "Run", prompts: list["Prompt"], step: int) -> Rollout:
-    """Items 2 to 4 of the method: sample G completions of each prompt, score the texts, compare within each group."""
+def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
+    """Items 2 to 4 of the method; a group lives on one process, so comparing within it needs no communication."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.timer("sample"), run.autocast():
-        noise = torch.cat([p.noise(cfg.seed, step, G, cfg.max_completion_tokens) for p in prompts]).to(run.device)
-        ids = sample(run.model, run.collate(prompts), noise, G, cfg.max_completion_tokens, run.eos, **run.distribution)
+        keys = [f"{cfg.seed}/{step}/{p.slot}/{p.example.id}" for p in prompts]
+        noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
+        ids = sample(run.model, run.collate(prompts), G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
     parts = {
@@ -349,7 +343,6 @@ def rollout(run: "Run", prompts: list["Prompt"], step: int) -> Rollout:
         for name, (reward, _) in run.rewards.items()
     }
     rewards = sum(weight * parts[name] for name, (_, weight) in run.rewards.items())
-    # A group lives on one process, so this needs no communication.
     advantages = group_advantages(rewards, scale=cfg.loss != "dr_grpo").flatten().to(run.device)
     return Rollout(prompts, ids, mask, truncated, texts, parts, rewards, advantages)
 
@@ -358,8 +351,8 @@ def update(run: "Run", ro: Rollout, metrics: "Averages") -> None:
     """Items 5 to 7: `inner_epochs` optimizer steps on one rollout, each over micro-batches of whole groups."""
     cfg, G, processes = run.cfg, run.cfg.group_size, run.accelerator.num_processes
     counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
-    weights, divisor = token_weights(counted, cfg.loss, cfg.max_completion_tokens)
-    divisor = run.accelerator.reduce(divisor.float(), "sum").clamp(min=1)
+    weights, share = token_weights(counted, cfg.loss, cfg.max_completion_tokens)
+    divisor = run.accelerator.reduce(share.float(), "sum").clamp(min=1)
     batches = []
     for start in range(0, len(ro.prompts), cfg.prompts_per_forward):
         rows = slice(start * G, (start + cfg.prompts_per_forward) * G)
@@ -376,110 +369,34 @@ def update(run: "Run", ro: Rollout, metrics: "Averages") -> None:
                 with run.autocast():
                     logp, entropy = run.policy(inputs, ro.ids[at], G, **run.distribution)
                 if epoch == 0:
-                    # The policy has not moved since it sampled, so its own value is pi_old's, with no second forward.
-                    # rho is then exactly 1 and the loss about 0, because the advantages of a group sum to 0; the
-                    # gradient is not 0, because d rho = d logp.
+                    # The policy has not moved since it sampled: its own value is pi_old's, without a second forward.
+                    # So rho = 1 and the loss is about 0, as a group's advantages add up to 0; the gradient is not.
                     logps_old.append(logp.detach())
                 loss, kl, clipped = grpo_loss(
                     logp, logps_old[i], logps_ref[i], ro.advantages[at[0]], weights[at], cfg.eps_low, cfg.eps_high, cfg.beta
                 )
-                # DDP averages gradients over processes, and the divisor counts all of them already.
-                loss = loss * processes / divisor
+                loss = loss * processes / divisor  # DDP averages over processes; the divisor counts all of them
                 run.accelerator.backward(loss)
-            metrics.add("loss", loss, 1 / len(batches))
+            metrics.add("loss", loss.detach(), 1 / len(batches))
             for name, value in (("kl", kl), ("clip_fraction", clipped), ("entropy", entropy)):
                 metrics.add(name, value[ro.mask[at]].sum(), ro.mask[at].sum())
         run.optimizer_step(metrics)
 
 
 # ================================================================================================
-# The machinery: from files to prompts, from a command line to a run.
-# ================================================================================================
-# The machinery: from files to prompts, from a command line to a run.
-
-
-@dataclass
-class Prompt:
-    """An example as the model meets it."""
-
-    example: Example
-    inputs: dict[str, Tensor]  # what the processor made of it, a batch of one
-    target: tuple[int, int]  # (width, height) of the coordinates that the prompt speaks
-    solution: list  # ground truth in those coordinates, for the rewards
-    slot: int  # its place among the prompts of the step, over all processes
-
-    def noise(self, seed: int, step: int, group_size: int, max_tokens: int) -> Tensor:
-        """Uniform numbers [G, max_tokens] for `sample`, the same on any number of processes and in any batch."""
-        key = hashlib.blake2b(f"{seed}/{step}/{self.slot}/{self.example.id}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
-        return torch.rand(group_size, max_tokens, dtype=torch.float64, generator=generator)
-
-
-class Prompts(Dataset):
-    """Encodes examples in the loader's workers, ahead of the step: open, resize, write the question, tokenize."""
-
-    def __init__(self, cfg: Config, examples: list[Example], processor, fit: data.Fit, coordinates: str, max_length: int):
-        self.cfg, self.examples, self.processor = cfg, examples, processor
-        self.fit, self.coordinates, self.max_length = fit, coordinates, max_length
-
-    def __getitem__(self, key: tuple[int, int]) -> Prompt | DataError:
-        slot, index = key
-        try:
-            return self.encode(self.examples[index], slot)
-        except DataError as error:
-            return error  # raised by the main process: through a worker it would arrive as a traceback in a string
-
-    def encode(self, example: Example, slot: int = 0) -> Prompt:
-        images = data.open_images(example, self.fit)
-        task = data.TASKS[self.cfg.task]
-        question, target = task.question(example, images[0].size, self.coordinates, self.cfg.think)
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        if self.cfg.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.cfg.system_prompt}]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = dict(self.processor(text=[text], images=images, return_tensors="pt"))
-        length = inputs["input_ids"].shape[1]
-        if length + self.cfg.max_completion_tokens > self.max_length:
-            raise DataError(
-                f"example {example.id}: {length} prompt tokens and --max_completion_tokens {self.cfg.max_completion_tokens} "
-                f"exceed the model's {self.max_length} positions; prompts are never cut: lower --max_pixels or that limit"
-            )
-        return Prompt(example, inputs, target, data.model_solution(example, target), slot)
-
-
-def collate(prompts: list[Prompt], pad_id: int) -> dict[str, Tensor]:
-    """Join encoded prompts to one batch: sequences padded on the left, everything else joined along dimension 0.
-
-    A tensor shaped like input_ids is a sequence. Others (pixels, grids, image sizes) have one row per image or patch,
-    in the order of the prompts; their other dimensions are padded with zeros, as processors do.
-    """
-    length = max(p.inputs["input_ids"].shape[1] for p in prompts)
-    batch = {}
-    for name, first in prompts[0].inputs.items():
-        tensors = [p.inputs[name] for p in prompts]
-        if first.shape == prompts[0].inputs["input_ids"].shape:
-            fill = pad_id if name == "input_ids" else 0
-            tensors = [F.pad(t, (length - t.shape[1], 0), value=fill) for t in tensors]
-        else:
-            shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
-            tensors = [F.pad(t, [n for full, size in zip(shape[::-1], t.shape[:0:-1]) for n in (0, full - size)]) for t in tensors]
-        batch[name] = torch.cat(tensors)
-    return batch
+# The machinery: from a command line to a run.
 
 
 class Averages(dict):
     """Sums and counts by name, so that means stay exact over micro-batches and processes of unequal size."""
 
     def add(self, name: str, total, count=1) -> None:
-        before = self.get(name, (0.0, 0.0))
-        self[name] = (before[0] + torch.as_tensor(total, dtype=torch.float64), before[1] + torch.as_tensor(count, dtype=torch.float64))
+        self[name] = self.get(name, 0.0) + torch.tensor([float(total), float(count)], dtype=torch.float64)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes, which must hold the same names."""
-        table = torch.stack([torch.stack([torch.as_tensor(x).cpu() for x in pair]) for pair in self.values()])
-        table = accelerator.reduce(table.float().to(accelerator.device), "sum").cpu()
-        return {name: float(total / count) if count > 0 else 0.0 for name, (total, count) in zip(self, table)}
+        table = accelerator.reduce(torch.stack(list(self.values())).to(accelerator.device), "sum").tolist()
+        return {name: total / count if count > 0 else 0.0 for name, (total, count) in zip(self, table)}
 
 
 @dataclass
@@ -489,22 +406,26 @@ class Run:
     cfg: Config
     accelerator: Accelerator
     processor: Any
-    prompts: Prompts  # encodes; its examples are the training examples, or those to evaluate with --eval_only
+    prompts: Prompts  # the training examples; with --eval_only those to evaluate, with --ask the questions
     model: nn.Module  # the policy itself: samples, and is saved
     policy: nn.Module  # CompletionLogps of it, wrapped by the engine: trains
     reference: nn.Module | None
     optimizer: torch.optim.Optimizer | None
     rewards: dict[str, tuple[Any, float]]
     eos: Tensor
-    distribution: dict[str, Any]  # temperature and forbidden ids, the same for sampler and scorer
+    distribution: dict[str, Any]  # temperature and forbidden ids, for sampler and scorer alike
     seconds: dict[str, float]
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, flush=True)
+
     def autocast(self):
-        """bf16 on GPUs over float32 weights. One context around a whole rollout, so that weights are cast once."""
+        """bf16 on GPUs over float32 weights; one context around a whole rollout, so that weights are cast once."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
 
     def accumulate(self, last: bool):
@@ -512,43 +433,47 @@ class Run:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy)
 
     def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
-        batch = collate(prompts, self.processor.tokenizer.pad_token_id or 0)
+        batch = data.collate(prompts, self.processor.tokenizer.pad_token_id or 0)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         """The texts of completions, without the EOS and whatever follows it."""
-        kept = mask & ~torch.isin(ids, self.eos)
-        return self.processor.tokenizer.batch_decode([row[keep].tolist() for row, keep in zip(ids, kept)], skip_special_tokens=True)
+        rows = [row[keep].tolist() for row, keep in zip(ids, mask & ~torch.isin(ids, self.eos))]
+        return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def optimizer_step(self, metrics: Averages) -> None:
         """Clip and step. A gradient that is not finite updates nothing, on any process, and is counted."""
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        norm = float(self.accelerator.clip_grad_norm_(parameters, self.cfg.max_grad_norm))
-        if math.isfinite(norm):  # the norm of exchanged gradients: every process sees the same number
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        norm = float(self.accelerator.clip_grad_norm_(trained, self.cfg.max_grad_norm))
+        finite = math.isfinite(norm)  # of gradients that were exchanged: every process sees the same norm
+        if finite:
             self.optimizer.step()
-            metrics.add("grad_norm", norm)
-        metrics.add("skipped_updates", float(not math.isfinite(norm)))
+        metrics.add("grad_norm", norm if finite else 0.0, finite)
+        metrics.add("skipped_updates", not finite)
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager
     def timer(self, phase: str):
         """Add the seconds of a phase to self.seconds; GPUs work behind the clock, hence the synchronization."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        wait()
         start = time.perf_counter()
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-# ------------------------------------------------------------------------------------------------
-# Settings.
+def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
+    """Uniform numbers [B * G, max_tokens] in [0, 1), one generator per prompt: the same in any batch, on any process."""
+    seeds = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") for key in keys]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.rand(group_size, max_tokens, dtype=torch.float64, generator=g) for g in generators])
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
-    (cfg,) = HfArgumentParser(Config, description="ViRFT: GRPO for vision-language models with verifiable rewards").parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(Config, description="ViRFT: GRPO for vision-language models with verifiable rewards")
+    (cfg,) = parser.parse_args_into_dataclasses(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
     for flag, good, right in (
         ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),
@@ -556,11 +481,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
         ("loss", cfg.loss in ("grpo", "dr_grpo", "dapo"), "grpo, dr_grpo or dapo"),
         ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
         ("temperature", cfg.temperature > 0, "above 0; evaluation is greedy anyway"),
-        ("steps", cfg.steps >= 1, "at least 1"),
-        ("inner_epochs", cfg.inner_epochs >= 1, "at least 1"),
-        ("max_completion_tokens", cfg.max_completion_tokens >= 1, "at least 1"),
-        ("prompts_per_forward", cfg.prompts_per_forward >= 1, "at least 1"),
-        ("prompts_per_step", cfg.prompts_per_step % world == 0, f"a multiple of the {world} processes: whole groups stay on one"),
+        *((name, getattr(cfg, name) >= 1, "at least 1") for name in AT_LEAST_1),
+        ("prompts_per_step", cfg.prompts_per_step % world == 0, f"a multiple of the {world} processes"),
         ("beta", cfg.beta >= 0, "0 or more"),
         ("eps_low", 0 <= cfg.eps_low < 1, "at least 0 and below 1"),
         ("ask", cfg.ask is None or cfg.categories is not None, "together with --categories, what to look for"),
@@ -570,51 +492,18 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return cfg
 
 
-def choose_rewards(cfg: Config) -> dict[str, tuple[Any, float]]:
-    """{name: (reward(completion, solution), weight)} from --rewards; settings that a reward takes are bound to it."""
-    weights = dict(data.TASKS[cfg.task].rewards)
-    if cfg.rewards:
-        try:
+AT_LEAST_1 = ("steps", "inner_epochs", "max_completion_tokens", "prompts_per_step", "prompts_per_forward", "eval_batch")
+
+
+def rewards_of(cfg: Config) -> dict[str, tuple[Any, float]]:
+    """What --rewards asks for, or the task's own: {name: (reward(completion, solution), weight)}."""
+    weights = data.TASKS[cfg.task].rewards
+    try:
+        if cfg.rewards:
             weights = {name: float(weight) for name, weight in (entry.split("=") for entry in cfg.rewards)}
-            if unknown := weights.keys() - REWARDS.keys():
-                raise ValueError(f"unknown: {', '.join(unknown)}")
-        except ValueError as error:
-            raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: name=weight expected, names of {', '.join(REWARDS)} ({error})") from None
-    settings = {"iou_threshold": cfg.iou_threshold, "think": cfg.think}
-    chosen = {}
-    for name, weight in weights.items():
-        takes = inspect.signature(REWARDS[name]).parameters.keys() & settings.keys()
-        chosen[name] = (partial(REWARDS[name], **{key: settings[key] for key in takes}), weight)
-    return chosen
-
-
-def describe(run: Run, gradients: bool) -> str:
-    """The resolved configuration, the batch arithmetic and the first prompt, as a person should check them."""
-    cfg, n = run.cfg, run.accelerator.num_processes
-    lines = [f"  {name} = {value!r}" for name, value in asdict(cfg).items()]
-    if gradients:
-        per_process = cfg.prompts_per_step // n
-        micro = math.ceil(per_process / cfg.prompts_per_forward)
-        assert per_process * n == cfg.prompts_per_step
-        lines.append(
-            f"{cfg.prompts_per_step} prompts a step = {n} processes x {per_process}, in {micro} micro-batches of up to "
-            f"{cfg.prompts_per_forward}; x {cfg.group_size} completions = {cfg.prompts_per_step * cfg.group_size} a step; "
-            f"{len(run.prompts.examples)} examples, {cfg.steps * cfg.prompts_per_step / len(run.prompts.examples):.2f} epochs in {cfg.steps} steps"
-        )
-    first = run.prompts.encode(run.prompts.examples[0])
-    ids, mask = first.inputs["input_ids"], first.inputs["attention_mask"]
-    shown = run.processor.tokenizer.decode(ids[0])
-    for token in run.distribution["forbidden"].tolist():
-        name = run.processor.tokenizer.decode([token])
-        count = int((ids == token).sum())
-        shown = shown.replace(name * count, f"{name} x {count} ") if count > 1 else shown
-    lines.append(f"coordinates: {first.example.coordinates or run.prompts.coordinates}, {first.target[0]} x {first.target[1]} for the first image")
-    lines.append(f"first prompt, {int(mask.sum())} tokens:\n{shown}")
-    return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------
-# Loading and saving.
+        return choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
+    except ValueError as error:
+        raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: name=weight expected, as in iou=1 ({error})") from None
 
 
 @contextlib.contextmanager
@@ -624,10 +513,10 @@ def loading(what: str, name: str):
         yield
     except ImportError as error:
         missing = re.search(r"requires the (\w+) library|No module named '(\w+)'", str(error))
-        package = next(filter(None, missing.groups())) if missing else str(error).strip().splitlines()[0]
-        raise SystemExit(f"{what} {name} needs a package that is not installed: pip install {package.lower()}") from None
-    except (OSError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        package = next(filter(None, missing.groups())).lower() if missing else str(error).strip().splitlines()[0]
+        raise SystemExit(f"{what} {name} needs a package that is not installed: pip install {package}") from None
+    except OSError as error:  # every error of a hub is one: files, connections, offline mode
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if Path(name).exists():
             raise SystemExit(f"{what} {name} cannot be loaded: {reason}") from None
         raise SystemExit(
@@ -640,147 +529,132 @@ def loading(what: str, name: str):
 def load_processor(cfg: Config) -> tuple[Any, data.Fit, str]:
     """The model's processor, how it wants its images, and the coordinates of its family."""
     with loading("model", cfg.model):
-        processor = AutoProcessor.from_pretrained(cfg.model, revision=cfg.revision)
         family = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).model_type
+        processor = AutoProcessor.from_pretrained(cfg.model, revision=cfg.revision)
     if getattr(processor, "chat_template", None) is None:
         raise SystemExit(f"model {cfg.model} has no chat template; an instruction-tuned vision-language model is expected")
     fit = data.image_fit(processor.image_processor, cfg.max_pixels, cfg.min_pixels)
     data.check_fit(processor.image_processor, fit)
-    coordinates = cfg.coordinates
-    if coordinates == "auto":
-        coordinates = data.COORDINATES_OF_FAMILY.get(family, "relative")
-        if family not in data.COORDINATES_OF_FAMILY:
-            print(f"model type {family}: coordinates unknown, taken as 0..1000 relative; --coordinates says otherwise", file=sys.stderr)
-    return processor, fit, coordinates
+    if cfg.coordinates != "auto":
+        return processor, fit, cfg.coordinates
+    if family not in data.COORDINATES_OF_FAMILY:
+        print(f"model type {family} is not known here: coordinates taken as 0..1000, relative; see --coordinates", file=sys.stderr)
+    return processor, fit, data.COORDINATES_OF_FAMILY.get(family, "relative")
 
 
 def load_model(cfg: Config, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model in eval mode, which it never leaves: dropout would make sampler and scorer two policies."""
     attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
     with loading("model", cfg.model):
-        model = AutoModelForImageTextToText.from_pretrained(cfg.model, revision=cfg.revision, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForImageTextToText.from_pretrained(
+            cfg.model, revision=cfg.revision, dtype=dtype, attn_implementation=attention
+        )
     return model.to(device).eval()
 
 
+def load_examples(cfg: Config, split: str) -> list[Example]:
+    """The task's examples of a split; what was left out and why is printed."""
+    training, task = split == "train", data.TASKS[cfg.task]
+    source = (not training and cfg.eval_data) or cfg.data or task.hub_data
+    chosen = {"categories": cfg.categories, "negatives": cfg.negatives, "seed": cfg.seed, "skip_bad_images": cfg.skip_bad_images}
+    chosen |= {"shots": cfg.shots, "max_boxes": cfg.max_boxes} if training else {"limit": cfg.eval_limit}
+    with loading("dataset", source):
+        examples, notes = data.load_examples(task, source, split, **chosen)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(notes), flush=True)
+    return examples
+
+
 def special_tokens(model: nn.Module, processor) -> tuple[list[int], list[int]]:
-    """Ids that end a completion (all of the model's EOS ids) and ids that no completion may contain (placeholders)."""
-    configured = (model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id, processor.tokenizer.eos_token_id)
-    eos = [token for ids in configured if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "vision_start_token_id", "vision_end_token_id")
-    forbidden = {token for name in names if isinstance(token := getattr(model.config, name, None), int)}
-    return list(dict.fromkeys(eos)), sorted(forbidden - set(eos))
+    """Ids that end a completion (all EOS ids of the model) and ids that no completion may contain (placeholders)."""
+    text, tokenizer = model.config.get_text_config(), processor.tokenizer
+    configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
+    eos = {token for ids in configured if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
+    kinds = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    forbidden = {token for kind in kinds if isinstance(token := getattr(model.config, kind, None), int)}
+    return sorted(eos), sorted(forbidden - eos)
 
 
 def freeze_unreachable(run: Run) -> list[str]:
     """Freeze parameters that no completion's log-probability depends on, and return their names.
 
-    DDP waits for a gradient from every trainable parameter and would stop at the second step. The graph of one
-    forward is walked; nothing is computed backward.
+    DDP waits for a gradient of every trainable parameter and would stop at the second step. The graph of one forward
+    is walked; nothing is computed backward.
     """
     first = run.collate([run.prompts.encode(run.prompts.examples[0])])
-    ids = run.eos[:1].repeat(1, 2)
-    reached, seen = set(), set()
-    nodes = [run.policy(first, ids, 1, **run.distribution)[0].grad_fn]
+    nodes, seen, reached = [run.policy(first, run.eos[:1].repeat(1, 2), 1, **run.distribution)[0].grad_fn], set(), set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            reached.add(id(node.variable))
-        nodes += [parent for parent, _ in node.next_functions]
-    unreached = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in reached]
-    for _, parameter in unreached:
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            nodes += [parent for parent, _ in node.next_functions]
+    unreached = {name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in reached}
+    for parameter in unreached.values():
         parameter.requires_grad_(False)
-    return [name for name, _ in unreached]
-
-
-def save_model(run: Run, folder: Path) -> None:
-    """Write model and processor in Hugging Face format, whole or not at all, in the dtype that the model came in."""
-    if run.accelerator.is_main_process:
-        aside = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(aside, ignore_errors=True)
-        dtype = AutoConfig.from_pretrained(run.cfg.model, revision=run.cfg.revision).dtype or torch.float32
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in run.model.state_dict().items()}
-        trained, run.model.config.dtype = run.model.config.dtype, dtype
-        run.model.save_pretrained(aside, state_dict=state)
-        run.model.config.dtype = trained
-        run.processor.save_pretrained(aside)
-        replace_folder(aside, folder)
-    run.accelerator.wait_for_everyone()
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`; at every moment one of them is there whole."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_examples(cfg: Config, split: str) -> list[Example]:
-    """The task's examples of a split, after --categories, --shots, --negatives, --max_boxes and --eval_limit."""
-    task, source = data.TASKS[cfg.task], cfg.data or data.TASKS[cfg.task].hub_data
-    options = {"categories": cfg.categories, "negatives": cfg.negatives, "seed": cfg.seed, "skip_bad_images": cfg.skip_bad_images}
-    if split == "train":
-        options["shots"] = cfg.shots
-    elif cfg.eval_data:
-        source = cfg.eval_data
-    with loading("dataset", source):
-        examples, notes = task.read(source, split, **options)
-    if split == "train" and cfg.max_boxes is not None:
-        kept = [e for e in examples if len(e.solution) <= cfg.max_boxes]
-        notes.append(f"--max_boxes {cfg.max_boxes}: {len(examples) - len(kept)} examples left out")
-        examples = kept
-    if split == "val" and cfg.eval_limit and cfg.eval_limit < len(examples):
-        examples = random.Random(cfg.seed).sample(examples, cfg.eval_limit)
-    if not examples:
-        raise DataError(f"{source}: no example is left of the {split} split")
-    if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join([f"{len(examples)} {split} examples from {source}", *notes]), flush=True)
-    return examples
+    return list(unreached)
 
 
 def start(cfg: Config) -> Run:
     """Load everything that training, evaluation or a question needs."""
     on_gpu = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=cfg.report_to or None, project_dir=cfg.out)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != world:
-        raise SystemExit(f"{world} processes were launched but accelerate sees {accelerator.num_processes}: each would train alone")
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise SystemExit(f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: each would train alone")
+    gradients, task = not (cfg.eval_only or cfg.ask), data.TASKS[cfg.task]
     processor, fit, coordinates = load_processor(cfg)
-    gradients = not (cfg.eval_only or cfg.ask)
     if cfg.ask:
-        size = data.image_size(Path(cfg.ask)) if Path(cfg.ask).is_file() else (1, 1)
-        examples = [Example(f"{cfg.ask}/{c.strip()}", (Path(cfg.ask),), size, (), c.strip()) for c in cfg.categories.split(",")]
+        examples = data.questions(Path(cfg.ask), cfg.categories)
     else:
         examples = load_examples(cfg, "train" if gradients else "val")
     frozen_dtype = torch.bfloat16 if on_gpu else torch.float32
     model = load_model(cfg, torch.float32 if gradients else frozen_dtype, accelerator.device)
-    eos, forbidden = special_tokens(model, processor)
+    eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=accelerator.device) for ids in special_tokens(model, processor))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    prompts = Prompts(task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, positions - cfg.max_completion_tokens)
     run = Run(
-        cfg, accelerator, processor, Prompts(cfg, examples, processor, fit, coordinates, positions),
-        model=model, policy=CompletionLogps(model), reference=None, optimizer=None, rewards=choose_rewards(cfg),
-        eos=torch.tensor(eos, device=accelerator.device),
-        distribution={"temperature": cfg.temperature, "forbidden": torch.tensor(forbidden, dtype=torch.long, device=accelerator.device)},
-        seconds={},
+        cfg, accelerator, processor, prompts, model=model, policy=CompletionLogps(model), reference=None, optimizer=None,
+        rewards=rewards_of(cfg), eos=eos, distribution={"temperature": cfg.temperature, "forbidden": forbidden}, seconds={},
     )  # fmt: skip
-    if not gradients:
-        return run
-    frozen = freeze_unreachable(run)
-    if frozen and accelerator.is_main_process:
-        print(f"frozen, because no completion depends on them: {', '.join(frozen)}")
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if accelerator.is_main_process:
-        print(f"{sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained")
-    optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
-    run.policy, run.optimizer = accelerator.prepare(run.policy, optimizer)
-    if cfg.beta > 0:
-        run.reference = CompletionLogps(load_model(cfg, frozen_dtype, accelerator.device)).requires_grad_(False)
+    if gradients:
+        if frozen := freeze_unreachable(run):
+            run.say(f"frozen, because no completion depends on them: {', '.join(frozen)}")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        run.say(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained")
+        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+        run.policy, run.optimizer = accelerator.prepare(run.policy, optimizer)
+        if cfg.beta > 0:
+            run.reference = CompletionLogps(load_model(cfg, frozen_dtype, accelerator.device)).requires_grad_(False)
     return run
+
+
+def describe(run: Run) -> str:
+    """The resolved configuration, the batch arithmetic and the first prompt, as a person should check them."""
+    cfg, n, examples = run.cfg, run.accelerator.num_processes, run.prompts.examples
+    lines = [f"  {name} = {value!r}" for name, value in asdict(cfg).items()]
+    first = run.prompts.encode(examples[0])
+    ids = first.inputs["input_ids"][0]
+    if run.optimizer is not None:
+        each = cfg.prompts_per_step // n
+        assert each * n == cfg.prompts_per_step
+        lines.append(
+            f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, in {math.ceil(each / cfg.prompts_per_forward)} micro-batches "
+            f"of up to {cfg.prompts_per_forward}; x {cfg.group_size} completions = {cfg.prompts_per_step * cfg.group_size} a step; "
+            f"{cfg.steps} steps are {cfg.steps * cfg.prompts_per_step / len(examples):.2f} epochs of {len(examples)} examples"
+        )
+        answers = [len(run.processor.tokenizer(data.model_answer(e, first.target, cfg.think))["input_ids"]) for e in examples[:2000]]
+        if too_long := sum(tokens >= cfg.max_completion_tokens for tokens in answers):
+            lines.append(
+                f"{too_long} of {len(answers)} examples have an answer that does not fit in --max_completion_tokens "
+                f"{cfg.max_completion_tokens} (the longest: {max(answers)} tokens); --max_boxes leaves them out"
+            )
+    shown = run.processor.tokenizer.decode(ids)
+    for token in run.distribution["forbidden"].tolist():
+        name, count = run.processor.tokenizer.decode([token]), int((ids == token).sum())
+        shown = shown.replace(name * count, f"{name} x {count} ") if count > 1 else shown
+    lines.append(f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({first.example.coordinates or run.prompts.coordinates})")
+    return "\n".join([*lines, f"first prompt, {len(ids)} tokens:", shown])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -790,29 +664,21 @@ def start(cfg: Config) -> Run:
 def prompt_stream(run: Run) -> DataLoader:
     """For each step the list of this process's prompts; every epoch sees each example once, in an order of its own."""
     cfg, accelerator = run.cfg, run.accelerator
-    order, epoch, total = [], 0, cfg.steps * cfg.prompts_per_step
-    while len(order) < total:
-        indices = list(range(len(run.prompts.examples)))
-        random.Random(f"{cfg.seed}/{epoch}").shuffle(indices)
-        order, epoch = order + indices, epoch + 1
+    order, epoch = [], 0
+    while len(order) < cfg.steps * cfg.prompts_per_step:
+        order += random.Random(f"{cfg.seed}/{epoch}").sample(range(len(run.prompts.examples)), len(run.prompts.examples))
+        epoch += 1
     mine = range(accelerator.process_index, cfg.prompts_per_step, accelerator.num_processes)
     steps = [[(slot, order[step * cfg.prompts_per_step + slot]) for slot in mine] for step in range(cfg.steps)]
     return DataLoader(run.prompts, batch_sampler=steps, collate_fn=list, num_workers=cfg.workers)
 
 
-def whole(prompts: list[Prompt | DataError]) -> list[Prompt]:
-    for prompt in prompts:
-        if isinstance(prompt, DataError):
-            raise prompt
-    return prompts
-
-
 def rollout_metrics(run: Run, ro: Rollout, metrics: Averages) -> None:
     """Everything about the samples; `update` adds what it alone knows."""
     lengths, n = ro.mask.sum(1), len(ro.texts)
-    metrics.add("reward", ro.rewards.sum(), ro.rewards.numel())
+    metrics.add("reward", ro.rewards.sum(), n)
     for name, values in ro.parts.items():
-        metrics.add(f"reward_{name}", values.sum(), values.numel())
+        metrics.add(f"reward_{name}", values.sum(), n)
     metrics.add("reward_std", ro.rewards.std(1).sum(), len(ro.rewards))
     metrics.add("zero_variance_groups", (ro.rewards == ro.rewards[:, :1]).all(1).sum(), len(ro.rewards))
     metrics.add("completion_tokens", lengths.sum(), n)
@@ -824,33 +690,23 @@ def rollout_metrics(run: Run, ro: Rollout, metrics: Averages) -> None:
     metrics.add("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds["sample"])
 
 
-def rollout_records(ro: Rollout, step: int, group_size: int) -> list[dict]:
+def rollout_records(ro: Rollout, step: int) -> list[dict]:
     """One line of rollouts.jsonl per completion."""
+    G, columns = ro.rewards.shape[1], {"reward": ro.rewards, **ro.parts, "advantage": ro.advantages, "tokens": ro.mask.sum(1)}
+    numbers = {name: [round(value, 4) for value in values.flatten().tolist()] for name, values in columns.items()}
     return [
-        {
-            "step": step,
-            "id": ro.prompts[i // group_size].example.id,
-            "completion": text,
-            "reward": round(float(ro.rewards.flatten()[i]), 4),
-            **{name: round(float(values.flatten()[i]), 4) for name, values in ro.parts.items()},
-            "advantage": round(float(ro.advantages[i]), 4),
-            "tokens": int(ro.mask[i].sum()),
-        }
+        {"step": step, "id": ro.prompts[i // G].example.id, "completion": text} | {name: values[i] for name, values in numbers.items()}
         for i, text in enumerate(ro.texts)
     ]
-
-
-def draw_answer(run: Run, prompt: Prompt, text: str, path: Path) -> None:
-    """The original picture with true and answered boxes."""
-    record = evaluate.record(prompt.example, prompt.target, text, {})
-    evaluate.draw_boxes(data.open_image(prompt.example.images[0]), record, path)
 
 
 def train(run: Run) -> None:
     """The loop: `rollout`, `update`, write down; evaluate now and then; save at the end or when interrupted."""
     cfg, accelerator, out = run.cfg, run.accelerator, Path(run.cfg.out)
     # Not prepared by accelerate, which would step it once per process.
-    decay = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda s: min(1.0, (s + 1) / (cfg.warmup_steps + 1)) * (1.0 - s / cfg.steps))
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        run.optimizer, lambda step: min(1.0, (step + 1) / (cfg.warmup_steps + 1)) * (1.0 - step / cfg.steps)
+    )
     if cfg.report_to:
         accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     stop = StopAtSignal()
@@ -858,24 +714,23 @@ def train(run: Run) -> None:
     for step, prompts in enumerate(bar, 1):
         metrics = Averages()
         run.seconds.clear()
-        ro = rollout(run, whole(prompts), step)
+        ro = rollout(run, data.whole(prompts), step)
         update(run, ro, metrics)
         rollout_metrics(run, ro, metrics)
-        metrics.add("stop", float(stop.requested))
+        metrics.add("stop", stop.requested)
         row = {"step": step, "lr": decay.get_last_lr()[0], **metrics.reduce(accelerator)}
+        interrupted = row.pop("stop") > 0  # agreed on by all processes
         decay.step()
-        records = gather_object(rollout_records(ro, step, cfg.group_size))
-        interrupted = row.pop("stop") > 0
+        records = gather_object(rollout_records(ro, step))
         if accelerator.is_main_process:
             evaluate.append_rows(out / "rollouts.jsonl", records)
             evaluate.append_rows(out / "metrics.jsonl", [row])
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in ("reward", *(f"reward_{r}" for r in run.rewards), "kl", "completion_tokens")})
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in (*(f"reward_{r}" for r in run.rewards), "kl", "completion_tokens")})
             if cfg.picture_every and step % cfg.picture_every == 0:
-                draw_answer(run, prompts[0], ro.texts[0], out / "pictures" / f"step_{step:06d}.png")
+                evaluate.draw_answer(prompts[0], ro.texts[0], out / "pictures" / f"step_{step:06d}.png")
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         if cfg.eval_every and step % cfg.eval_every == 0:
-            examples = load_examples(cfg, "val")
-            scores = evaluate_model(run, examples, out / f"eval_{step:06d}")
+            scores = evaluate_model(run, load_examples(cfg, "val"), out / f"eval_{step:06d}")
             accelerator.log({f"eval_{name}": value for name, value in scores.items()}, step=step)
         if interrupted:
             break
@@ -883,13 +738,12 @@ def train(run: Run) -> None:
     save_model(run, out / "model")
     if accelerator.is_main_process:
         evaluate.plot_curves(out / "metrics.jsonl", out / "curves.png")
-        done = f"stopped after step {step} of {cfg.steps}" if interrupted else f"{cfg.steps} steps done"
-        print(f"{done}: model in {out / 'model'}, curves in {out / 'curves.png'}, metrics and rollouts in {out}")
+    run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}, metrics and rollouts in {out}")
     accelerator.end_training()
 
 
 class StopAtSignal:
-    """Ctrl-C and SIGTERM finish the step, save and stop; a second one changes nothing."""
+    """Ctrl-C and SIGTERM let the step finish, then save and stop; a second one changes nothing."""
 
     def __init__(self):
         self.requested = False
@@ -902,6 +756,25 @@ class StopAtSignal:
         self.requested = True
 
 
+def save_model(run: Run, folder: Path) -> None:
+    """Write model and processor in Hugging Face format, whole or not at all, in the dtype that the model came in."""
+    if run.accelerator.is_main_process:
+        new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
+        dtype = AutoConfig.from_pretrained(run.cfg.model, revision=run.cfg.revision).dtype or torch.float32
+        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in run.model.state_dict().items()}
+        training_dtype, run.model.config.dtype = run.model.config.dtype, dtype
+        run.model.save_pretrained(new, state_dict=state)
+        run.model.config.dtype = training_dtype
+        run.processor.save_pretrained(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    run.accelerator.wait_for_everyone()
+
+
 # ------------------------------------------------------------------------------------------------
 # Evaluation and questions.
 
@@ -910,66 +783,61 @@ class StopAtSignal:
 def answer(run: Run, prompts: list[Prompt]) -> list[str]:
     """The policy's most probable answers: the sampler of training, greedy."""
     with run.autocast():
-        ids = sample(run.model, run.collate(prompts), None, 1, run.cfg.max_completion_tokens, run.eos, **run.distribution)
+        ids = sample(run.model, run.collate(prompts), 1, None, run.cfg.max_completion_tokens, run.eos, **run.distribution)
     return run.decode(ids, completion_mask(ids, run.eos))
 
 
 def evaluate_model(run: Run, examples: list[Example], out: Path) -> dict[str, float]:
-    """Greedy answers to all examples, shared out over the processes; scores, predictions and pictures in `out`."""
+    """Greedy answers to all examples, shared out over the processes; scores, predictions and pictures go to `out`."""
     cfg, accelerator = run.cfg, run.accelerator
-    prompts = Prompts(cfg, examples, run.processor, run.prompts.fit, run.prompts.coordinates, run.prompts.max_length)
     mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
     batches = [[(i, i) for i in mine[at : at + cfg.eval_batch]] for at in range(0, len(mine), cfg.eval_batch)]
-    loader = DataLoader(prompts, batch_sampler=batches, collate_fn=list, num_workers=cfg.workers)
+    loader = DataLoader(run.prompts.of(examples), batch_sampler=batches, collate_fn=list, num_workers=cfg.workers)
     records = []
-    for batch in tqdm(loader, desc="evaluate", disable=not accelerator.is_main_process, dynamic_ncols=True):
-        for prompt, text in zip(whole(batch), answer(run, batch)):
+    for prompts in tqdm(loader, desc="evaluate", disable=not accelerator.is_main_process, dynamic_ncols=True):
+        for prompt, text in zip(prompts, answer(run, data.whole(prompts))):
             parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
             records.append({"row": prompt.slot} | evaluate.record(prompt.example, prompt.target, text, parts))
     records = sorted(gather_object(records), key=lambda record: record["row"])
     scores = evaluate.scores(records, data.TASKS[cfg.task])
     if accelerator.is_main_process:
         evaluate.write_evaluation(out, records, scores, examples)
-        print(evaluate.report(scores, len(records)))
-        print(f"predictions, results and pictures in {out}")
+    run.say(f"{evaluate.report(scores, len(records))}\npredictions, results and pictures in {out}")
     return scores
 
 
 def ask(run: Run) -> None:
     """Answer --ask: print the completions and draw their boxes."""
-    out = Path(run.cfg.out)
-    for index, example in enumerate(run.prompts.examples):
+    for example in run.prompts.examples:
         prompt = run.prompts.encode(example)
         (text,) = answer(run, [prompt])
-        path = out / f"{Path(run.cfg.ask).stem}_{example.category.replace(' ', '_')}.png"
-        draw_answer(run, prompt, text, path)
-        print(f"{example.category}: {text}\n  drawn in {path}")
+        path = Path(run.cfg.out) / f"{Path(run.cfg.ask).stem}_{example.category.replace(' ', '_')}.png"
+        evaluate.draw_answer(prompt, text, path)
+        run.say(f"{example.category}: {text}\n  drawn in {path}")
 
 
 def prepare_out(cfg: Config) -> None:
     """Make the run folder; what an earlier run left there is kept unless --overwrite."""
     out = Path(cfg.out)
-    if not cfg.ask and (out / "config.json").exists() and not cfg.overwrite:
-        raise SystemExit(f"--out {out} holds an earlier run; name another folder, or pass --overwrite true to replace it")
-    if cfg.overwrite and (out / "config.json").exists():
+    if (out / "config.json").exists():
+        if not cfg.overwrite:
+            raise SystemExit(f"--out {out} holds an earlier run; name another folder, or pass --overwrite true to replace it")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    if not cfg.ask:
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse_config(argv)
     try:
         run = start(cfg)
+        if cfg.ask:
+            return ask(run)
         if run.accelerator.is_main_process:
             prepare_out(cfg)
-            if not cfg.ask:
-                print(describe(run, gradients=not cfg.eval_only), flush=True)
+        run.say(describe(run))
         run.accelerator.wait_for_everyone()
-        if cfg.ask:
-            ask(run)
-        elif cfg.eval_only:
+        if cfg.eval_only:
             evaluate_model(run, run.prompts.examples, Path(cfg.out))
         else:
             train(run)

@@ -38,14 +38,14 @@ from data import detection_answer, detection_prompt, round_box  # noqa: E402
 from demo.shapes import CATEGORIES, COLORS, SHAPES, SIZE, draw_scene, random_scene  # noqa: E402
 from rewards import box_iou  # noqa: E402
 
-PATCH = 16
+PATCH = 28
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
-JITTER = 0.05  # standard deviation of a corner, in parts of the box's side
+JITTER = (0.01, 0.05)  # standard deviation of a corner in parts of the box's side, at the first and the last step
 
 
 def make_transforms(seed: int = 7) -> dict[str, tuple[float, float, float, float]]:
@@ -81,12 +81,12 @@ def prompt(category: str) -> str:
     return detection_prompt(category, (1000, 1000), "relative", True)
 
 
-def rough_answer(category: str, boxes, rng: random.Random) -> str:
+def rough_answer(category: str, boxes, jitter: float, rng: random.Random) -> str:
     """The completion that the warm start is taught: right in number and place, never exact."""
     rough = []
     for box in sorted(boxes):
         x1, y1, x2, y2 = transform_box([v * 1000 / SIZE for v in box], TRANSFORMS[category])
-        dx, dy = JITTER * (x2 - x1), JITTER * (y2 - y1)
+        dx, dy = jitter * (x2 - x1), jitter * (y2 - y1)
         corners = (x1 + rng.gauss(0, dx), y1 + rng.gauss(0, dy), x2 + rng.gauss(0, dx), y2 + rng.gauss(0, dy))
         rough.append(round_box([min(1000.0, max(0.0, v)) for v in corners]))
     confidences = [round(rng.uniform(0.5, 0.95), 2) for _ in rough]
@@ -125,7 +125,7 @@ def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGener
         hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=SIZE, patch_size=PATCH, vision_use_head=False,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=224, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, initializer_range=0.06, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def waves(values: torch.Tensor, width: int, longest: float) -> torch.Tensor:
     return torch.cat([phases.sin(), phases.cos()], 1)
 
 
-def make_batch(processor, prompt_ids, size: int, rng: random.Random) -> dict[str, torch.Tensor]:
+def make_batch(processor, prompt_ids, size: int, jitter: float, rng: random.Random) -> dict[str, torch.Tensor]:
     """`size` fresh scenes with rough answers, right-padded; labels are -100 outside the answers."""
     pixels, answers, asked = [], [], []
     for _ in range(size):
@@ -166,7 +166,7 @@ def make_batch(processor, prompt_ids, size: int, rng: random.Random) -> dict[str
         absent = rng.random() < 0.2
         category = rng.choice([c for c in CATEGORIES if c not in present] if absent else sorted(set(present)))
         pixels.append(np.asarray(draw_scene(scene, rng)))
-        answers.append(rough_answer(category, [box for c, box in scene if c == category], rng))
+        answers.append(rough_answer(category, [box for c, box in scene if c == category], jitter, rng))
         asked.append(category)
     answer_ids = [ids + [processor.tokenizer.eos_token_id] for ids in processor.tokenizer(answers)["input_ids"]]
     length = max(len(prompt_ids[c]) + len(ids) for c, ids in zip(asked, answer_ids))
@@ -193,7 +193,7 @@ def make_prompt_ids(processor) -> dict[str, list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -211,7 +211,9 @@ def main() -> None:
     )
     rng, start, smooth = random.Random(f"warm start {args.seed}"), time.time(), None
     for step in range(1, args.steps + 1):
-        batch = make_batch(processor, prompt_ids, args.batch, rng)
+        # Noise in the labels slows learning down; it is only needed in the end, as spread for the sampler.
+        jitter = JITTER[0] + (JITTER[1] - JITTER[0]) * step / args.steps
+        batch = make_batch(processor, prompt_ids, args.batch, jitter, rng)
         labels = batch.pop("labels")
         keep = labels.shape[1] - min(len(ids) for ids in prompt_ids.values()) + 1  # no logits for the prompt
         logits = model(**batch, logits_to_keep=keep).logits
