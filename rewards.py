@@ -70,8 +70,8 @@ def parse_detections(completion: str) -> list[tuple[Box, float]] | None:
         text = fenced.group(1).strip()
     if text == "No Objects":
         return []
-    while text.startswith("[[") and text.endswith("]]") and len(text) < 1_000_000:
-        text = text[1:-1].strip()  # the published parser searches for the inner list, so nesting is paid
+    if text.startswith("[[") and text.endswith("]]"):
+        text = text[1:-1].strip()  # the published parser searches for the inner list, so it is paid
     if not (text.startswith("[") and text.endswith("]")):
         return None
     body = text[1:-1].strip()
@@ -136,7 +136,7 @@ def box_iou(a: Box, b: Box) -> float:
 def box_giou(a: Box, b: Box) -> float:
     """Generalized IoU (arXiv 1902.09630): IoU - (enclosing - union) / enclosing, in [-1, 1]."""
     _, union, enclosing = _areas(a, b)
-    return max(-1.0, box_iou(a, b) - (enclosing - union) / enclosing)
+    return max(-1.0, box_iou(a, b) - max(0.0, enclosing - union) / enclosing)
 
 
 def match(detections: Sequence[tuple[Box, float]], targets: Sequence[Box], iou_threshold: float) -> list[float]:
@@ -238,8 +238,9 @@ def published_accuracy(completion: str, solution: str | Sequence[str]) -> float:
 
     As published, the whole text is searched where there is no answer block.
     """
-    found = _ANSWER.search(completion)
-    answer = (found.group(1) if found else completion).strip().replace("_", " ").lower()
+    _, opened, rest = completion.partition("<answer>")
+    inside, closed, _ = rest.partition("</answer>")
+    answer = (inside if opened and closed else completion).strip().replace("_", " ").lower()
     names = [solution] if isinstance(solution, str) else solution
     return float(any(answer in (plain := name.replace("_", " ").lower()) or plain in answer for name in names))
 
