@@ -625,7 +625,7 @@ def start(cfg: Config) -> Run:
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
         run.policy, run.optimizer = accelerator.prepare(run.policy, optimizer)
         if cfg.beta > 0:
-            run.reference = CompletionLogps(load_model(cfg, frozen_dtype, accelerator.device)).requires_grad_(False)
+            run.reference = CompletionLogps(load_model(cfg, frozen_dtype, accelerator.device)).requires_grad_(False).eval()
     return run
 
 
