@@ -1,0 +1,357 @@
+"""Readers, images and coordinates: what is read, and which error names what."""
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from conftest import SHARED, shared
+from data import DataError, Example, Fit
+from rewards import box_iou, iou_reward
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Three pictures; dog in 1 and 2, cat in 2, a crowd of dogs in 3, a category without any picture."""
+    table = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in (1, 2, 3)],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 7, "bbox": [10, 5, 20, 30], "iscrowd": 0},
+            {"id": 2, "image_id": 1, "category_id": 7, "bbox": [40, 5, 20.4, 10], "iscrowd": 0},
+            {"id": 3, "image_id": 2, "category_id": 7, "bbox": [0, 0, 60, 40], "iscrowd": 0},
+            {"id": 4, "image_id": 2, "category_id": 9, "bbox": [1.5, 2.5, 3, 4], "iscrowd": 0},
+            {"id": 5, "image_id": 3, "category_id": 7, "bbox": [0, 0, 50, 40], "iscrowd": 1},
+        ],
+        "categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}, {"id": 11, "name": "unicorn"}],
+    }
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").mkdir()
+    for i in (1, 2, 3):
+        Image.new("RGB", (60, 40), (i * 50, 0, 0)).save(tmp_path / "train2017" / f"{i}.png")
+    file = tmp_path / "annotations" / "instances_train2017.json"
+
+    def write(change=lambda table: None) -> str:
+        change(table)
+        file.write_text(json.dumps(table))
+        return str(tmp_path)
+
+    write()
+    return SimpleNamespace(root=tmp_path, file=file, write=write, images=tmp_path / "train2017")
+
+
+def by_id(examples):
+    return {e.id: e for e in examples}
+
+
+def test_one_example_per_image_and_category(coco):
+    """[25] Crowds are no targets but are kept for the score; categories without a picture are named."""
+    examples, notes = data.read_coco(str(coco.root), "train")
+    found = by_id(examples)
+    assert set(found) == {"train/1/dog", "train/2/dog", "train/2/cat"}
+    dog = found["train/1/dog"]
+    assert dog.solution == ((10, 5, 30, 35), (40, 5, 60, 15)), "xywh -> xyxy; a fraction over the edge is cut"
+    assert dog.images == (coco.images / "1.png",) and dog.size == (60, 40) and dog.category_id == 7 and dog.image_id == 1
+    assert any("unicorn" in note for note in notes)
+
+
+def test_files_may_lie_directly_in_the_folder(coco):
+    coco.file.rename(coco.root / coco.file.name)
+    assert len(data.read_coco(str(coco.root), "train")[0]) == 3
+
+
+def test_categories(coco):
+    assert set(by_id(data.read_coco(str(coco.root), "train", "cat")[0])) == {"train/2/cat"}
+    with pytest.raises(DataError, match="--categories: 'cats'.*cat"):
+        data.read_coco(str(coco.root), "train", "dog, cats")
+
+
+@shared("coco_mini")
+def test_named_splits():
+    """The published splits, against the 80 names of real COCO."""
+    known = [c["name"] for c in json.loads((SHARED / "coco_mini" / "instances_train2017.json").read_text())["categories"]]
+    novel, base, few = (data._wanted_categories(Path("x"), known, name) for name in ("novel15", "base65", "fewshot8"))
+    assert len(novel) == 15 and len(base) == 65 and len(few) == 8 and set(novel) | set(base) == set(known)
+
+
+def test_shots_are_seeded_and_counted(tmp_path):
+    from demo.shapes import write_split
+
+    write_split(tmp_path, "train", 200, 0)
+    first, again, other = (data.read_coco(str(tmp_path), "train", shots=3, seed=seed)[0] for seed in (1, 1, 2))
+    per_category = {c: sum(e.category == c for e in first) for c in {e.category for e in first}}
+    assert set(per_category.values()) == {3} and len(per_category) == 12
+    assert [e.id for e in first] == [e.id for e in again] != [e.id for e in other]
+    one = data.read_coco(str(tmp_path), "train", "red circle", shots=3, seed=1)[0]
+    assert {e.id for e in one} == {e.id for e in first if e.category == "red circle"}, "a category's shots do not depend on the others asked"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_negatives(tmp_path, share):
+    from demo.shapes import write_split
+
+    write_split(tmp_path, "train", 100, 0)
+    examples, _ = data.read_coco(str(tmp_path), "train", negatives=share, seed=3)
+    absent = [e for e in examples if not e.solution]
+    assert len(absent) / len(examples) == pytest.approx(share, abs=0.01)
+    shown = {(e.image_id, e.category) for e in examples if e.solution}
+    assert not any((e.image_id, e.category) in shown for e in absent)
+    assert [e.id for e in data.read_coco(str(tmp_path), "train", negatives=share, seed=3)[0]] == [e.id for e in examples]
+
+
+def test_a_crowd_is_not_an_absence(coco):
+    def one_category(table):
+        table["categories"] = table["categories"][:2]
+        table["annotations"].append({"id": 6, "image_id": 3, "category_id": 9, "bbox": [0, 0, 5, 5], "iscrowd": 0})
+
+    examples, _ = data.read_coco(coco.write(one_category), "train", negatives=0.4)
+    assert {e.id for e in examples if not e.solution} == {"train/1/cat"}, "picture 3 shows a crowd of dogs"
+    assert by_id(examples)["train/3/cat"].solution == ((0, 0, 5, 5),)
+
+
+def annotation(row, **fields):
+    return lambda table: table["annotations"][row].update(fields)
+
+
+BAD = {  # what is wrong: (change, what the error must name); the first group concerns single images
+    "box outside the image": (annotation(1, bbox=[50, 5, 20, 10]), r"annotations\[1\] of image 1 \(60x40\) lies outside"),
+    "box of zero width": (annotation(0, bbox=[10, 5, 0, 30]), r"annotations\[0\].*has no area"),
+    "box of negative height": (annotation(0, bbox=[10, 35, 5, -30]), r"annotations\[0\].*has no area"),
+    "missing image": (lambda t: t["images"][1].update(file_name="9.png"), r"9\.png: no such image \(images\[1\]"),
+    "aspect over 200": (lambda t: t["images"][2].update(width=9000), r"images\[2\] 3\.png is 9000x40.*200"),
+    "no annotations": (lambda t: t.pop("annotations"), "no list 'annotations'"),
+    "image without file name": (lambda t: t["images"][1].pop("file_name"), r"images\[1\] has no 'file_name'"),
+    "annotation without box": (lambda t: t["annotations"][2].pop("bbox"), r"annotations\[2\] has no 'bbox'"),
+    "box of three numbers": (annotation(3, bbox=[1, 2, 3]), r"annotations\[3\] has bbox \[1, 2, 3\]"),
+    "unknown category": (annotation(0, category_id=99), r"annotations\[0\] belongs to category 99"),
+    "unknown image": (annotation(0, image_id=99), r"annotations\[0\] belongs to image 99"),
+    "category without name": (lambda t: t["categories"][0].pop("name"), r"categories\[0\] has no 'name'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_annotations_are_named(coco, name):
+    change, message = BAD[name]
+    with pytest.raises(DataError, match=message):
+        data.read_coco(coco.write(change), "train")
+
+
+@pytest.mark.parametrize("name", list(BAD)[:5])
+def test_bad_images_can_be_skipped_and_are_counted(coco, name):
+    change, message = BAD[name]
+    everything = len(data.read_coco(str(coco.root), "train")[0])
+    examples, notes = data.read_coco(coco.write(change), "train", skip_bad_images=True)
+    assert len(examples) <= everything and any("1 images skipped" in note for note in notes)
+
+
+def test_bad_files_are_named(coco):
+    with pytest.raises(DataError, match=r"no such folder(.|\n)*annotations/instances_train2017.json"):
+        data.read_coco(str(coco.root / "nowhere"), "train")
+    with pytest.raises(DataError, match="0 files instances_val"):
+        data.read_coco(str(coco.root), "val")
+    text = coco.file.read_text()
+    coco.file.write_text(text[: len(text) // 2])
+    with pytest.raises(DataError, match=r"instances_train2017.json: line 1, column \d+: not JSON"):
+        data.read_coco(str(coco.root), "train")
+    coco.file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="not UTF-8"):
+        data.read_coco(str(coco.root), "train")
+    coco.file.write_text(text)
+    coco.images.rename(coco.root / "elsewhere")
+    with pytest.raises(DataError, match="train2017: no such image folder"):
+        data.read_coco(str(coco.root), "train")
+
+
+# ------------------------------------------------------------------------------------------------
+# Images [24].
+
+
+def test_images_of_every_kind_load_upright_in_rgb(tmp_path):
+    upright = Image.new("RGB", (30, 20), "blue")
+    upright.paste("red", (0, 0, 10, 20))  # a red band on the left
+    kinds = {"rgb.png": upright, "palette.png": upright.quantize(4), "cmyk.jpg": upright.convert("CMYK"), "grey.png": upright.convert("L")}
+    sideways = upright.transpose(Image.Transpose.ROTATE_90)
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    sideways.save(tmp_path / "exif.png", exif=exif)
+    clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
+    clear.paste((255, 0, 0, 255), (0, 0, 10, 20))
+    clear.save(tmp_path / "clear.png")
+    for name in (*kinds, "exif.png", "clear.png"):
+        image = data.open_image(tmp_path / name)
+        assert image.mode == "RGB" and image.size == (30, 20) == data.image_size(tmp_path / name), name
+        if name != "grey.png":
+            assert image.getpixel((4, 10))[0] > 200 and image.getpixel((4, 10))[2] < 60, name
+    assert data.open_image(tmp_path / "clear.png").getpixel((25, 10)) == (255, 255, 255)
+
+
+def test_images_that_do_not_open_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("<html>not found</html>")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name in ("cut", "text", "empty"):
+        with pytest.raises(DataError, match=f"{name}.jpg: not a whole image"):
+            data.open_image(tmp_path / f"{name}.jpg")
+    with pytest.raises(DataError, match="none.jpg: no such image"):
+        data.open_image(tmp_path / "none.jpg")
+    Image.new("RGB", (30, 20)).save(tmp_path / "other.png")
+    with pytest.raises(DataError, match="30x20.*annotation says 20x30"):
+        data.open_image(tmp_path / "other.png", (20, 30))
+
+
+# ------------------------------------------------------------------------------------------------
+# Fitting and coordinates.
+
+sides = st.integers(1, 6000)
+
+
+@given(width=sides, height=sides, multiple=st.sampled_from([1, 14, 28, 32]))
+def test_fitted_sizes_are_stable(width, height, multiple):
+    """What the processor is given satisfies its own rule, so that it changes nothing."""
+    fit = Fit(multiple, 3136, 401408)
+    w, h = fit.size(width, height)
+    assert w % multiple == 0 and h % multiple == 0 and w * h <= 401408
+    if max(width, height) <= 20 * min(width, height):
+        assert w * h >= 3136 and fit.size(w, h) == (w, h)
+        assert abs(math.log((w / h) / (width / height))) < math.log((min(w, h) / multiple + 1) / max(1, min(w, h) / multiple - 1) if min(w, h) > multiple else 3)
+
+
+@shared("qwen2_5_vl_processor")
+@given(width=sides, height=sides)
+def test_qwen_processors_keep_fitted_sizes(width, height):
+    """Against the resizing rule of transformers itself, with the real Qwen2.5-VL settings."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    settings = json.loads((SHARED / "qwen2_5_vl_processor" / "preprocessor_config.json").read_text())
+    low, high = settings["min_pixels"], settings["max_pixels"]
+    processor = SimpleNamespace(patch_size=settings["patch_size"], merge_size=settings["merge_size"], size={"shortest_edge": low, "longest_edge": high})
+    fit = data.image_fit(processor, 401408, 3136)
+    assert fit == Fit(28, 3136, 401408)
+    if max(width, height) <= 200 * min(width, height):
+        w, h = fit.size(width, height)
+        if w * h >= low and max(w, h) <= 200 * min(w, h):
+            assert smart_resize(h, w, factor=28, min_pixels=low, max_pixels=high) == (h, w)
+
+
+def test_fixed_size_processors():
+    square = SimpleNamespace(size={"height": 336, "width": 336}, do_center_crop=False)
+    assert data.image_fit(square, 401408, 3136).size(640, 427) == (336, 336)
+    clip = SimpleNamespace(size={"shortest_edge": 336}, do_center_crop=True, crop_size={"height": 336, "width": 336})
+    assert data.image_fit(clip, 401408, 3136).size(640, 427) == (336, 336)
+    with pytest.raises(DataError, match="resizes images in a way that this project does not know"):
+        data.image_fit(SimpleNamespace(size={"longest_edge": 980}, do_center_crop=False), 401408, 3136)
+
+
+def test_a_processor_that_changes_fitted_images_is_refused():
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    processor = SiglipImageProcessorPil(size={"height": 112, "width": 112})
+    data.check_fit(processor, Fit(1, 1, 112 * 112, (112, 112)))
+    with pytest.raises(DataError, match="resizes or crops an image that was fitted to"):
+        data.check_fit(processor, Fit(1, 1, 112 * 112, (100, 112)))
+
+
+boxes = st.tuples(*[st.floats(0, 1)] * 4).map(lambda b: (min(b[0], b[2]) * 640, min(b[1], b[3]) * 427, max(b[0], b[2]) * 640, max(b[1], b[3]) * 427))
+
+
+@given(box=boxes, coordinates=st.sampled_from(["relative", "pixels"]))
+def test_coordinates_round_trip(box, coordinates):
+    """To the model and back: exact unrounded; rounded, within half a unit of the model's coordinates."""
+    size, seen = (640, 427), (616, 420)
+    target = data.model_size(coordinates, seen)
+    assert target == ((1000, 1000) if coordinates == "relative" else seen)
+    inside = data.to_model(box, size, target)
+    assert data.to_pixels(inside, size, target) == pytest.approx(box, abs=1e-9)
+    rounded = data.round_box(inside)
+    assert rounded[0] < rounded[2] and rounded[1] < rounded[3]
+    if inside[2] - inside[0] > 2 and inside[3] - inside[1] > 2:
+        for value, original, units, pixels in zip(data.to_pixels(rounded, size, target), box, target * 2, size * 2):
+            assert abs(value - original) <= 0.5 * pixels / units + 1e-9
+
+
+def test_the_prompt_states_the_range_in_force():
+    assert "from 0 to 1000" in data.detection_prompt("dog", (1000, 1000), "relative", True)
+    pixels = data.detection_prompt("dog", (616, 420), "pixels", True)
+    assert "616 wide and 420 high" in pixels and "1000" not in pixels
+    assert "<think>" in pixels and "<think>" not in data.detection_prompt("dog", (616, 420), "pixels", False)
+
+
+@pytest.mark.parametrize("coordinates", ["relative", "pixels"])
+def test_ground_truth_written_as_an_answer_earns_everything(coordinates):
+    example = Example("a", (Path("x"),), (640, 427), ((10.3, 20.7, 200.2, 300.9), (400, 5, 630.5, 420)), "dog")
+    target = data.model_size(coordinates, (616, 420))
+    assert iou_reward(data.model_answer(example, target), data.model_solution(example, target)) > 0.98
+    assert data.model_answer(Example("a", (Path("x"),), (640, 427), (), "dog"), target) == "<think></think><answer>No Objects</answer>"
+
+
+# ------------------------------------------------------------------------------------------------
+# The released tables.
+
+PROBLEM = "Detect all objects belonging to the category 'dog' in the image, with boxes between 0 and 1000."
+
+
+@pytest.fixture(params=["parquet", "save_to_disk"])
+def released(request, tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def write(**change) -> str:
+        picture = Image.new("RGB", (200, 100), "white")
+        row = {"image": picture, "problem": PROBLEM, "solution": "<answer>[{'Position': [100, 200, 500, 800], 'Confidence': 1}]</answer>"}
+        rows = [row, {**row, "solution": "<answer>No Objects</answer>"} | change]
+        table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()) if "image" in rows[1] else None
+        target = tmp_path / "data"
+        if request.param == "parquet":
+            table.to_parquet(str(target) + ".parquet")
+            return str(target) + ".parquet"
+        datasets.DatasetDict({"train": table}).save_to_disk(str(target))
+        return str(target)
+
+    return write
+
+
+def test_released_rows(released):
+    """Their own prompts and their 0..1000 are kept, for a model family that speaks pixels too."""
+    (first, second), notes = data.TASKS["coco"].read(released(), "train")
+    assert first.solution == ((20, 20, 100, 80),) and first.size == (200, 100) and first.category == "dog" and second.solution == ()
+    question, target = data.TASKS["coco"].question(first, (196, 112), "pixels", True)
+    assert question == PROBLEM and target == (1000, 1000)
+    assert data.model_solution(first, target) == [pytest.approx((100, 200, 500, 800))]
+    assert data.open_images(first, Fit(28, 3136, 401408))[0].size == (196, 112)
+
+
+def test_released_rows_that_do_not_fit_are_named(released):
+    with pytest.raises(DataError, match="row 1 has solution.*expected <answer>"):
+        data.TASKS["coco"].read(released(solution="a dog"), "train")
+    examples, notes = data.TASKS["coco"].read(released(solution="a dog"), "train", skip_bad_images=True)
+    assert len(examples) == 1 and "1 rows skipped" in notes[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Real data.
+
+
+@shared("coco_mini")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_real_coco(split):
+    examples, notes = data.read_coco(str(SHARED / "coco_mini"), split)
+    table = json.loads((SHARED / "coco_mini" / f"instances_{split}2017.json").read_text())
+    targets = {(a["image_id"], a["category_id"]) for a in table["annotations"] if not a.get("iscrowd")}
+    assert {(e.image_id, e.category_id) for e in examples} == targets
+    assert sum(len(e.solution) for e in examples) == sum(not a.get("iscrowd") for a in table["annotations"])
+    for example in random.Random(0).sample(examples, 10):
+        (image,) = data.open_images(example, Fit(28, 3136, 401408))
+        assert image.width % 28 == 0
+        for box, original in zip(data.model_solution(example, image.size), example.solution):
+            assert box_iou(data.to_pixels(box, example.size, image.size), original) == pytest.approx(1)
