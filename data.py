@@ -598,6 +598,7 @@ class Prompt:
     target    (width, height) of the coordinates that the question speaks
     solution  ground truth in those coordinates, for the rewards
     slot      its place among the prompts of a step, over all processes
+    skipped   what was wrong with the examples in whose place it stands
     """
 
     example: Example
@@ -605,28 +606,37 @@ class Prompt:
     target: tuple[int, int]
     solution: list
     slot: int
+    skipped: tuple[str, ...] = ()
 
 
 class Prompts(torch.utils.data.Dataset):
     """Examples -> Prompts, in a loader's workers, ahead of the step: open, resize, write the question, tokenize.
 
     Indexed by (slot, index of the example). max_length: tokens that a prompt may have; none is ever cut.
+    replace_bad: let the next example stand in for one that cannot be opened, so that a step keeps its size.
     """
 
-    def __init__(self, task, examples, processor, fit, coordinates, think=True, system_prompt=None, max_length=None):
-        self.task, self.examples, self.processor, self.fit = task, examples, processor, fit
-        self.coordinates, self.think, self.system_prompt, self.max_length = coordinates, think, system_prompt, max_length
+    def __init__(
+        self, task, examples, processor, fit, coordinates, think=True, system_prompt=None, max_length=None, replace_bad=False
+    ):  # fmt: skip
+        self.task, self.examples, self.processor, self.fit, self.coordinates = task, examples, processor, fit, coordinates
+        self.think, self.system_prompt, self.max_length, self.replace_bad = think, system_prompt, max_length, replace_bad
 
     def __getitem__(self, key: tuple[int, int]) -> Prompt | DataError:
         slot, index = key
-        try:
-            return self.encode(self.examples[index], slot)
-        except DataError as error:
-            return error  # for `whole` to pass on: raised in a worker it would arrive as a traceback in a string
+        skipped: list[DataError] = []
+        while len(skipped) < (len(self.examples) if self.replace_bad else 1):
+            try:
+                prompt = self.encode(self.examples[(index + len(skipped)) % len(self.examples)], slot)
+                return replace(prompt, skipped=tuple(map(str, skipped)))
+            except DataError as error:
+                skipped.append(error)
+        return skipped[0]  # for `whole` to raise: out of a worker it would arrive as a traceback in a string
 
     def of(self, examples: list[Example]) -> "Prompts":
-        """The same encoding of other examples."""
-        return Prompts(self.task, examples, self.processor, self.fit, self.coordinates, self.think, self.system_prompt, self.max_length)
+        """The same encoding of other examples, each of which is wanted for itself."""
+        settings = (self.processor, self.fit, self.coordinates, self.think, self.system_prompt, self.max_length)
+        return Prompts(self.task, examples, *settings)
 
     def encode(self, example: Example, slot: int = 0) -> Prompt:
         """Raises DataError naming the image that cannot be opened or the example that is too long."""

@@ -612,7 +612,8 @@ def start(cfg: Config) -> Run:
     model = load_model(cfg, torch.float32 if gradients else frozen_dtype, accelerator.device)
     eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=accelerator.device) for ids in special_tokens(model, processor))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    prompts = Prompts(task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, positions - cfg.max_completion_tokens)
+    room = positions - cfg.max_completion_tokens
+    prompts = Prompts(task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
     run = Run(
         cfg, accelerator, processor, prompts, model=model, policy=CompletionLogps(model), reference=None, optimizer=None,
         rewards=rewards_of(cfg), eos=eos, distribution={"temperature": cfg.temperature, "forbidden": forbidden}, seconds={},
@@ -711,10 +712,12 @@ def train(run: Run) -> None:
         accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     stop = StopAtSignal()
     bar = tqdm(prompt_stream(run), total=cfg.steps, disable=not accelerator.is_main_process, dynamic_ncols=True)
+    skipped: set[str] = set()
     for step, prompts in enumerate(bar, 1):
+        skipped.update(flaw for prompt in data.whole(prompts) for flaw in prompt.skipped)
         metrics = Averages()
         run.seconds.clear()
-        ro = rollout(run, data.whole(prompts), step)
+        ro = rollout(run, prompts, step)
         update(run, ro, metrics)
         rollout_metrics(run, ro, metrics)
         metrics.add("stop", stop.requested)
@@ -736,6 +739,9 @@ def train(run: Run) -> None:
             break
     bar.close()
     save_model(run, out / "model")
+    skipped = set(gather_object(list(skipped)))
+    if skipped:
+        run.say(f"{len(skipped)} images skipped while training; one of them: {min(skipped)}")
     if accelerator.is_main_process:
         evaluate.plot_curves(out / "metrics.jsonl", out / "curves.png")
     run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}, metrics and rollouts in {out}")
@@ -795,13 +801,17 @@ def evaluate_model(run: Run, examples: list[Example], out: Path) -> dict[str, fl
     loader = DataLoader(run.prompts.of(examples), batch_sampler=batches, collate_fn=list, num_workers=cfg.workers)
     records = []
     for prompts in tqdm(loader, desc="evaluate", disable=not accelerator.is_main_process, dynamic_ncols=True):
-        for prompt, text in zip(prompts, answer(run, data.whole(prompts))):
+        if cfg.skip_bad_images:
+            prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
+        for prompt, text in zip(prompts, answer(run, data.whole(prompts)) if prompts else []):
             parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
             records.append({"row": prompt.slot} | evaluate.record(prompt.example, prompt.target, text, parts))
     records = sorted(gather_object(records), key=lambda record: record["row"])
     scores = evaluate.scores(records, data.TASKS[cfg.task])
     if accelerator.is_main_process:
         evaluate.write_evaluation(out, records, scores, examples)
+    if len(records) < len(examples):
+        run.say(f"{len(examples) - len(records)} examples were skipped: their images do not open")
     run.say(f"{evaluate.report(scores, len(records))}\npredictions, results and pictures in {out}")
     return scores
 

@@ -176,9 +176,12 @@ def make_batch(processor, prompt_ids, size: int, jitter: float, rng: random.Rand
         start = len(prompt_ids[category])
         input_ids[row, : start + len(ids)] = torch.tensor(prompt_ids[category] + ids)
         labels[row, start : start + len(ids)] = torch.tensor(ids)
-    # What SiglipImageProcessorPil does to a picture of just this size.
-    pixel_values = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return {"input_ids": input_ids, "pixel_values": pixel_values, "labels": labels}
+    return {"input_ids": input_ids, "pixel_values": to_pixel_values(pixels), "labels": labels}
+
+
+def to_pixel_values(pixels: list[np.ndarray]) -> torch.Tensor:
+    """What the processor makes of pictures of just this size, without its detours."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def make_prompt_ids(processor) -> dict[str, list[int]]:

@@ -1,0 +1,111 @@
+"""What the demo's gain is compared with; needs a finished `bash run.sh` (about 4 minutes on two cores).
+
+    bash run.sh controls                             # or: python demo/controls.py --out runs/demo --steps 400 --seed 0
+
+  uniform resize   every box of the untrained model, scaled about its center by the one best factor
+  per category     the best shift and scale of its boxes for each category: more than a person would correct by hand
+  shuffled         GRPO with the rewards of each group shuffled among its completions: the same noise, no signal
+
+Factors and shifts are fitted on the training pictures, then applied to the held-out answers.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import virft  # noqa: E402
+from demo.report import mean_iou_reward, measure, read_predictions  # noqa: E402
+from demo.warm_start import transform_box  # noqa: E402
+from rewards import box_iou  # noqa: E402
+
+
+def climb(score: Callable[[tuple], float], start: tuple[float, ...], step: float = 0.16) -> tuple[float, ...]:
+    """Coordinate search: try +-step on each number, halve the step when nothing helps."""
+    best, value = start, score(start)
+    while step > 0.005:
+        moves = [best[:i] + (best[i] + d,) + best[i + 1 :] for i in range(len(best)) for d in (step, -step)]
+        reached, move = max((score(move), move) for move in moves)
+        if reached > value:
+            best, value = move, reached
+        else:
+            step /= 2
+    return best
+
+
+def best_uniform_resize(training: list[dict]) -> float:
+    factors = [0.6 + 0.02 * i for i in range(46)]
+    return max(factors, key=lambda s: mean_iou_reward(training, lambda p, box: transform_box(box, (0, 0, s, s))))
+
+
+def best_per_category(training: list[dict]) -> dict[str, tuple]:
+    """(dx, dy, sx, sy) per category, maximizing the mean IoU of each answered box with the true box it overlaps most."""
+    fitted = {}
+    for category in sorted({p["category"] for p in training}):
+        pairs = [(box, max(p["solution"], key=lambda target: box_iou(box, target)))
+                 for p in training if p["category"] == category and p["solution"] for box, _ in p["detections"] or []]  # fmt: skip
+        pairs = [(box, target) for box, target in pairs if box_iou(box, target) > 0.1]
+        fitted[category] = climb(lambda t: sum(box_iou(transform_box(b, t), target) for b, target in pairs), (0.0, 0.0, 1.0, 1.0))
+    return fitted
+
+
+def shuffled_training(arguments: list[str]) -> None:
+    """virft.py as it is, but each group's advantages go to the wrong completions."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    plain = virft.group_advantages
+
+    def shuffled(rewards, scale=True):
+        order = torch.stack([torch.randperm(rewards.shape[1], generator=generator) for _ in rewards])
+        return plain(rewards.gather(1, order), scale)
+
+    virft.group_advantages = shuffled
+    virft.main(arguments)
+    virft.group_advantages = plain
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    out = args.out
+    if not (out / "train" / "config.json").exists():
+        raise SystemExit(f"{out} holds no finished demo: run `bash run.sh` first")
+    settings = json.loads((out / "train" / "config.json").read_text())
+
+    # The untrained model's answers to the training pictures: the same data, its training split named as validation.
+    fit = out / "fit_data"
+    (fit / "annotations").mkdir(parents=True, exist_ok=True)
+    for link, target in ((fit / "val", out / "data" / "train"), (fit / "annotations" / "instances_val.json", out / "data/annotations/instances_train.json")):
+        if not link.exists():
+            link.symlink_to(os.path.relpath(target, link.parent))
+    common = ["--task", "coco", "--max_completion_tokens", str(settings["max_completion_tokens"]), "--overwrite", "true", "--negatives", str(settings["negatives"])]
+    evaluation = [*common, "--eval_only", "true", "--eval_batch", "64"]
+    virft.main([*evaluation, "--model", settings["model"], "--data", str(fit), "--eval_limit", "600", "--out", str(out / "fit")])
+    training, held_out = read_predictions(out / "fit"), read_predictions(out / "before")
+    factor, fitted = best_uniform_resize(training), best_per_category(training)
+
+    kept = [part for name in ("steps", "prompts_per_step", "prompts_per_forward", "group_size", "lr", "beta2", "beta") for part in (f"--{name}", str(settings[name]))]
+    shuffled_training([*common, *kept, "--model", settings["model"], "--data", str(out / "data"), "--seed", str(args.seed), "--out", str(out / "shuffled")])
+    virft.main([*evaluation, "--model", str(out / "shuffled/model"), "--data", str(out / "data"), "--out", str(out / "shuffled/after")])
+
+    rows = {
+        "before": measure(out / "before")["iou"],
+        f"uniform resize by {factor:.2f}": mean_iou_reward(held_out, lambda p, box: transform_box(box, (0, 0, factor, factor))),
+        "shift and scale per category": mean_iou_reward(held_out, lambda p, box: transform_box(box, fitted[p["category"]])),
+        "GRPO, rewards shuffled": measure(out / "shuffled" / "after")["iou"],
+        "GRPO": measure(out / "after")["iou"],
+    }
+    print("\nheld-out IoU reward, mean")
+    for name, value in rows.items():
+        print(f"  {name:32s} {value:.3f}")
+    (out / "controls.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Sets everything up in .venv the first time, then runs:
+#
+#   bash run.sh                          the offline demo: evaluate, train with GRPO, evaluate again
+#   bash run.sh demo --seed 1            the same with other flags of virft.py
+#   bash run.sh controls                 what the demo's gain is compared with
+#   bash run.sh test [pytest arguments]  the tests; -m slow runs the long ones
+#   bash run.sh --task coco --data DIR --model NAME ...     your own training: accelerate launch virft.py ...
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+setup() {
+    local gpu=none python=""
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then gpu=nvidia; fi
+    local stamp=".venv/ready-$gpu-$(cksum <requirements.txt | tr -d ' ')"
+    [ -e "$stamp" ] && return
+    for name in python3.12 python3.11 python3.13 python3; do
+        if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$name; break; fi
+    done
+    [ -n "$python" ] || { echo "run.sh: Python 3.11 or newer with venv is needed" >&2; exit 1; }
+    echo "Setting up .venv with $("$python" --version), once ..."
+    "$python" -m venv --clear .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+    if [ "$gpu" = nvidia ]; then
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(pinned torchvision)"
+        echo "Installing $(pinned flash-attn); without a ready-made wheel this compiles for a long time (interrupt to go on without it)"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check wheel setuptools ninja psutil &&
+            .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation "$(pinned flash-attn)" ||
+            echo "flash-attn cannot be installed here: going on with PyTorch's own attention (SDPA)"
+    fi
+    touch "$stamp"
+}
+
+# The version of a package that requirements.txt holds as a comment, because only NVIDIA machines get it.
+pinned() { sed -n "s/^# \($1==.*\)/\1/p" requirements.txt; }
+
+launch() {
+    if nvidia-smi -L >/dev/null 2>&1; then accelerate launch "$@"; else
+        # The launcher would set one thread per process, and list defaults that it was not told.
+        accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu "$@"
+    fi
+}
+
+demo() {
+    local out=runs/demo common=(virft.py --task coco --negatives 0.1 --max_completion_tokens 48 --overwrite true)
+    python demo/shapes.py --out "$out/data"
+    echo "1/3  before: the tiny model of demo/model answers held-out pictures"
+    launch "${common[@]}" --data "$out/data" --model demo/model --eval_only true --eval_batch 64 --out "$out/before"
+    echo "2/3  GRPO"
+    launch "${common[@]}" --data "$out/data" --model demo/model --out "$out/train" \
+        --steps 400 --prompts_per_step 8 --prompts_per_forward 8 --group_size 8 \
+        --lr 2e-4 --beta2 0.99 --beta 0 --picture_every 100 "$@"
+    echo "3/3  after"
+    launch "${common[@]}" --data "$out/data" --model "$out/train/model" --eval_only true --eval_batch 64 --out "$out/after"
+    python demo/report.py "$out"
+}
+
+setup
+export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || echo 4)}"
+case "${1:-demo}" in
+    demo) shift || true; export HF_HUB_OFFLINE=1; demo "$@" ;;
+    controls) shift; export HF_HUB_OFFLINE=1; python demo/controls.py "$@" ;;
+    test) shift; HF_HUB_OFFLINE=1 python -m pytest "$@" ;;
+    --*) launch virft.py "$@" ;;
+    *) sed -n '2,9p' run.sh | cut -c3-; exit 2 ;;
+esac
