@@ -122,7 +122,9 @@ def image_fit(image_processor, max_pixels: int, min_pixels: int) -> Fit:
     if getattr(image_processor, "do_center_crop", False):
         size = dict(image_processor.crop_size)  # an image of just this size loses nothing to the crop
         if "height" not in size:
-            raise DataError(f"{type(image_processor).__name__} crops to {size}; only a crop to one height and width is understood")
+            raise DataError(
+                f"{type(image_processor).__name__} crops to {size}; only a crop to one height and width is understood"
+            )
     if "height" in size and "width" in size:
         return Fit(1, 1, size["height"] * size["width"], (size["width"], size["height"]))
     patch, merge = getattr(image_processor, "patch_size", None), getattr(image_processor, "merge_size", None)
@@ -139,9 +141,13 @@ def check_fit(image_processor, fit: Fit) -> None:
     """Show on one picture that the processor leaves fitted images as they are; raises DataError where it does not."""
     noise = Image.effect_noise((640, 427), 64).convert("RGB").resize(fit.size(640, 427))
     switches = {name: False for name in ("do_resize", "do_center_crop") if hasattr(image_processor, name)}
-    processed, untouched = (image_processor(images=[noise], return_tensors="np", **kw)["pixel_values"] for kw in ({}, switches))
+    processed, untouched = (
+        image_processor(images=[noise], return_tensors="np", **kw)["pixel_values"] for kw in ({}, switches)
+    )
     if processed.shape != untouched.shape or not (processed == untouched).all():
-        raise DataError(f"{type(image_processor).__name__} resizes or crops an image that was fitted to {noise.size}: boxes would be displaced")
+        raise DataError(
+            f"{type(image_processor).__name__} resizes or crops an image that was fitted to {noise.size}: boxes would be displaced"
+        )
 
 
 def open_image(source: ImageSource, expected_size: tuple[int, int] | None = None) -> Image.Image:
@@ -220,7 +226,9 @@ def model_solution(example: Example, target: tuple[int, int]) -> list[Box]:
     return [to_model(box, example.size, target) for box in example.solution]
 
 
-def detection_answer(boxes: Sequence[Box], confidences: Sequence[float] | None = None, digits: int | None = None) -> str:
+def detection_answer(
+    boxes: Sequence[Box], confidences: Sequence[float] | None = None, digits: int | None = None
+) -> str:
     """What stands inside <answer> for these boxes in the model's coordinates: integers, or floats of `digits` decimals."""
     if not boxes:
         return "No Objects"
@@ -279,21 +287,30 @@ def read_coco(
     table = _read_json(file)
     for key in ("images", "annotations", "categories"):
         if not isinstance(table, dict) or not isinstance(table.get(key), list):
-            raise DataError(f"{file}: no list '{key}' at the top level; COCO instances files have images, annotations and categories")
-    name_of = {_field(file, "categories", row, c, "id"): _field(file, "categories", row, c, "name") for row, c in enumerate(table["categories"])}
+            raise DataError(
+                f"{file}: no list '{key}' at the top level; COCO instances files have images, annotations and categories"
+            )
+    name_of = {
+        _field(file, "categories", row, c, "id"): _field(file, "categories", row, c, "name")
+        for row, c in enumerate(table["categories"])
+    }
     id_of = {name: category_id for category_id, name in name_of.items()}
     wanted = _wanted_categories(file, list(name_of.values()), categories)
     images, skipped = _coco_images(file, folder, table["images"])
     boxes, crowds = _coco_boxes(file, table["annotations"], images, name_of, skipped)
     if skipped and not skip_bad_images:
-        raise DataError(f"{next(iter(skipped.values()))}. Mend it, or pass --skip_bad_images true to leave out such images ({len(skipped)} here)")
+        raise DataError(
+            f"{next(iter(skipped.values()))}. Mend it, or pass --skip_bad_images true to leave out such images ({len(skipped)} here)"
+        )
     notes = [f"{file}: {len(skipped)} images skipped; first: {next(iter(skipped.values()))}"] if skipped else []
 
     def example(image_id, category: str) -> Example:
         path, size = images[image_id]
         key = (image_id, category)
         targets, ignored = (tuple(table.get(key, ())) for table in (boxes, crowds))
-        return Example(f"{split}/{image_id}/{category}", (path,), size, targets, category, ignored, image_id, id_of[category])
+        return Example(
+            f"{split}/{image_id}/{category}", (path,), size, targets, category, ignored, image_id, id_of[category]
+        )
 
     shown = {category: [i for i in images if i not in skipped and (i, category) in boxes] for category in wanted}
     empty = [category for category in wanted if not shown[category]]
@@ -305,7 +322,10 @@ def read_coco(
         if few:
             notes.append(f"{file}: fewer than {shots} images for {', '.join(few)}")
     examples = [example(image_id, category) for category, ids in shown.items() for image_id in ids]
-    examples += [example(*pair) for pair in _absent_pairs(examples, images, skipped, boxes, crowds, wanted, negatives, seed, notes)]
+    examples += [
+        example(*pair)
+        for pair in _absent_pairs(examples, images, skipped, boxes, crowds, wanted, negatives, seed, notes)
+    ]
     if not examples:
         raise DataError(f"{file}: no example is left for the categories {', '.join(wanted)}")
     return examples, notes
@@ -330,7 +350,9 @@ def _read_json(file: Path):
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error})") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}); is the file cut off?") from None
+        raise DataError(
+            f"{file}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}); is the file cut off?"
+        ) from None
 
 
 def _field(file: Path, part: str, row: int, record, key: str):
@@ -359,13 +381,17 @@ def _coco_images(file: Path, folder: Path, rows: list) -> tuple[dict, dict]:
     present = {entry.name for entry in folder.iterdir()}
     images, skipped = {}, {}
     for row, record in enumerate(rows):
-        image_id, name, *size = (_field(file, "images", row, record, key) for key in ("id", "file_name", "width", "height"))
+        image_id, name, *size = (
+            _field(file, "images", row, record, key) for key in ("id", "file_name", "width", "height")
+        )
         path = folder / Path(name).name
         images[image_id] = (path, tuple(size))
         if path.name not in present:
             skipped[image_id] = f"{path}: no such image (images[{row}] of {file})"
         elif not all(isinstance(side, int) and side > 0 for side in size) or max(size) > MAX_ASPECT * min(size):
-            skipped[image_id] = f"{file}: images[{row}] {name} is {size[0]}x{size[1]}: sides must be positive, their ratio at most {MAX_ASPECT}"
+            skipped[image_id] = (
+                f"{file}: images[{row}] {name} is {size[0]}x{size[1]}: sides must be positive, their ratio at most {MAX_ASPECT}"
+            )
     return images, skipped
 
 
@@ -373,7 +399,9 @@ def _coco_boxes(file: Path, rows: list, images: dict, name_of: dict, skipped: di
     """{(image id, category): [box, ...]} for targets and for crowd regions; flaws are entered in `skipped`."""
     boxes, crowds = defaultdict(list), defaultdict(list)
     for row, record in enumerate(rows):
-        image_id, category_id, bbox = (_field(file, "annotations", row, record, key) for key in ("image_id", "category_id", "bbox"))
+        image_id, category_id, bbox = (
+            _field(file, "annotations", row, record, key) for key in ("image_id", "category_id", "bbox")
+        )
         if image_id not in images or category_id not in name_of:
             missing = f"image {image_id}" if image_id not in images else f"category {category_id}"
             raise DataError(f"{file}: annotations[{row}] belongs to {missing}, which the file does not list")
@@ -381,13 +409,17 @@ def _coco_boxes(file: Path, rows: list, images: dict, name_of: dict, skipped: di
         try:
             x, y, w, h = map(float, bbox)
         except (TypeError, ValueError):
-            raise DataError(f"{file}: annotations[{row}] has bbox {bbox}; [x, y, width, height] in pixels expected") from None
+            raise DataError(
+                f"{file}: annotations[{row}] has bbox {bbox}; [x, y, width, height] in pixels expected"
+            ) from None
         # Annotation tools round outward: a pixel over the edge is theirs, more is a wrong box.
         inside = -1 <= x and -1 <= y and x + w <= width + 1 and y + h <= height + 1
         box = (max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h))
         if not (inside and box[0] < box[2] and box[1] < box[3]):
             flaw = "lies outside the image" if not inside else "has no area"
-            skipped.setdefault(image_id, f"{file}: annotations[{row}] of image {image_id} ({width}x{height}) {flaw}: bbox {bbox}")
+            skipped.setdefault(
+                image_id, f"{file}: annotations[{row}] of image {image_id} ({width}x{height}) {flaw}: bbox {bbox}"
+            )
             continue
         (crowds if record.get("iscrowd") else boxes)[image_id, name_of[category_id]].append(box)
     return boxes, crowds
@@ -470,7 +502,9 @@ def _pick_split(data: str, table, split: str):
     for name in names:
         if name in table:
             return table[name]
-    raise DataError(f"{data}: no split {' or '.join(names)}; it has {', '.join(table)}. For evaluation, --eval_data names other data")
+    raise DataError(
+        f"{data}: no split {' or '.join(names)}; it has {', '.join(table)}. For evaluation, --eval_data names other data"
+    )
 
 
 def _row_bytes(table, row: int) -> io.BytesIO:
@@ -495,7 +529,16 @@ def _released_example(data: str, table, row: int) -> Example:
     quoted = re.search(r"category ['\"]([^'\"]+)['\"]", record["problem"])
     solution = tuple(to_pixels(box, size, (1000, 1000)) for box, _ in boxes)
     category = quoted.group(1) if quoted else "object"
-    return Example(f"{data}/{row}", (source,), size, solution, category, image_id=row, question=record["problem"], coordinates="relative")
+    return Example(
+        f"{data}/{row}",
+        (source,),
+        size,
+        solution,
+        category,
+        image_id=row,
+        question=record["problem"],
+        coordinates="relative",
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -539,7 +582,9 @@ class Task:
     parse: Callable[[str], object | None]
     metric: str
 
-    def question(self, example: Example, seen_size: tuple[int, int], coordinates: str, think: bool) -> tuple[str, tuple[int, int]]:
+    def question(
+        self, example: Example, seen_size: tuple[int, int], coordinates: str, think: bool
+    ) -> tuple[str, tuple[int, int]]:
         """The prompt of an example and the coordinate size that it speaks: its own question if it came with one."""
         target = model_size(example.coordinates or coordinates, seen_size)
         return example.question or self.prompt(example.category, target, coordinates, think), target
@@ -568,7 +613,15 @@ TASKS = {
 assert all(name in REWARDS for task in TASKS.values() for name in task.rewards)
 
 
-def load_examples(task: Task, source: str, split: str, max_boxes: int | None = None, limit: int | None = None, seed: int = 0, **options):
+def load_examples(
+    task: Task,
+    source: str,
+    split: str,
+    max_boxes: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    **options,
+):
     """The examples of a split and notes for the user; options are the reader's.
 
     max_boxes: leave out examples with more boxes. limit: this many examples, chosen by seed.
@@ -619,8 +672,19 @@ class Prompts(torch.utils.data.Dataset):
     def __init__(
         self, task, examples, processor, fit, coordinates, think=True, system_prompt=None, max_length=None, replace_bad=False
     ):  # fmt: skip
-        self.task, self.examples, self.processor, self.fit, self.coordinates = task, examples, processor, fit, coordinates
-        self.think, self.system_prompt, self.max_length, self.replace_bad = think, system_prompt, max_length, replace_bad
+        self.task, self.examples, self.processor, self.fit, self.coordinates = (
+            task,
+            examples,
+            processor,
+            fit,
+            coordinates,
+        )
+        self.think, self.system_prompt, self.max_length, self.replace_bad = (
+            think,
+            system_prompt,
+            max_length,
+            replace_bad,
+        )
 
     def __getitem__(self, key: tuple[int, int]) -> Prompt | DataError:
         slot, index = key

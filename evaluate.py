@@ -67,7 +67,12 @@ def scores(records: Sequence[dict], task: Task) -> dict[str, float]:
 def coco_results(records: Sequence[dict]) -> list[dict]:
     """The detections in COCO's results format: image_id, category_id, bbox as x, y, width, height, score."""
     return [
-        {"image_id": r["image_id"], "category_id": r["category_id"], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": confidence}
+        {
+            "image_id": r["image_id"],
+            "category_id": r["category_id"],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": confidence,
+        }
         for r in records
         for (x1, y1, x2, y2), confidence in r["detections"] or []
     ]
@@ -79,7 +84,13 @@ def coco_ap(records: Sequence[dict]) -> dict[str, float]:
     from pycocotools.cocoeval import COCOeval
 
     annotations = [
-        {"image_id": r["image_id"], "category_id": r["category_id"], "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": crowd}
+        {
+            "image_id": r["image_id"],
+            "category_id": r["category_id"],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": (x2 - x1) * (y2 - y1),
+            "iscrowd": crowd,
+        }
         for r in records
         for crowd, boxes in ((0, r["solution"]), (1, r["crowds"]))
         for x1, y1, x2, y2 in boxes
@@ -88,7 +99,9 @@ def coco_ap(records: Sequence[dict]) -> dict[str, float]:
     truth.dataset = {
         "info": {},
         "images": [{"id": i} for i in dict.fromkeys(r["image_id"] for r in records)],
-        "categories": [{"id": i, "name": name} for i, name in {r["category_id"]: r["category"] for r in records}.items()],
+        "categories": [
+            {"id": i, "name": name} for i, name in {r["category_id"]: r["category"] for r in records}.items()
+        ],
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
     }
     found = coco_results(records)
@@ -106,7 +119,9 @@ def coco_ap(records: Sequence[dict]) -> dict[str, float]:
 
 def report(values: dict[str, float], count: int) -> str:
     """Scores as a person reads them, with the protocol beside them."""
-    return f"{count} answers. Protocol: {PROTOCOL}\n" + "   ".join(f"{name} {value:.4f}" for name, value in values.items())
+    return f"{count} answers. Protocol: {PROTOCOL}\n" + "   ".join(
+        f"{name} {value:.4f}" for name, value in values.items()
+    )
 
 
 def append_rows(file: Path, rows: Sequence[dict]) -> None:
@@ -115,10 +130,14 @@ def append_rows(file: Path, rows: Sequence[dict]) -> None:
         out.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_evaluation(out: Path, records: Sequence[dict], values: dict[str, float], examples: Sequence[Example], pictures: int = 12) -> None:
+def write_evaluation(
+    out: Path, records: Sequence[dict], values: dict[str, float], examples: Sequence[Example], pictures: int = 12
+) -> None:
     """scores.json, predictions.jsonl, detections.json (COCO's results format) and the first pictures."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").write_text(json.dumps({"protocol": PROTOCOL, "answers": len(records), **values}, indent=2) + "\n")
+    (out / "scores.json").write_text(
+        json.dumps({"protocol": PROTOCOL, "answers": len(records), **values}, indent=2) + "\n"
+    )
     (out / "predictions.jsonl").unlink(missing_ok=True)
     append_rows(out / "predictions.jsonl", records)
     (out / "detections.json").write_text(json.dumps(coco_results(records)) + "\n")
@@ -161,7 +180,11 @@ def plot_curves(metrics: Path, path: Path, window: int = 20) -> None:
 
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     panels = [[n for n in rows[0] if n == "reward" or n.startswith("reward_") and n != "reward_std"]]
-    panels += [["reward_std", "zero_variance_groups", "parsed", "no_objects"], ["completion_tokens"], ["kl", "clip_fraction", "grad_norm"]]
+    panels += [
+        ["reward_std", "zero_variance_groups", "parsed", "no_objects"],
+        ["completion_tokens"],
+        ["kl", "clip_fraction", "grad_norm"],
+    ]
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     for axis, names in zip(axes.flat, panels):
         for name in names:

@@ -70,7 +70,10 @@ MALFORMED = [  # detection answers that earn nothing from IoU and confidence
     ("quoted corner", raw("[{'Position': ['100', 100, 300, 300], 'Confidence': 1}]")),
     ("no confidence", raw("[{'Position': [100, 100, 300, 300]}]")),
     ("no list", raw("{'Position': [100, 100, 300, 300], 'Confidence': 1}")),
-    ("one good box and one bad one", raw("[{'Position': [100, 100, 300, 300], 'Confidence': 1}, {'Position': [1, 2], 'Confidence': 1}]")),
+    (
+        "one good box and one bad one",
+        raw("[{'Position': [100, 100, 300, 300], 'Confidence': 1}, {'Position': [1, 2], 'Confidence': 1}]"),
+    ),
     ("two lists", raw("[{'Position': [100, 100, 300, 300], 'Confidence': 1}][]")),
     ("code instead of numbers", raw("[{'Position': [__import__('os'), 100, 300, 300], 'Confidence': 1}]")),
     ("nothing", ""),
@@ -226,7 +229,9 @@ DIFFERENT_KINDS = {
 VECTORS = Path(__file__).parent.parent / "shared" / "data" / "reward_vectors" / "vectors.json"
 
 
-@pytest.mark.skipif(not VECTORS.exists(), reason="the 2,300 published scores are not beside the project (../shared/data/reward_vectors)")
+@pytest.mark.skipif(
+    not VECTORS.exists(), reason="the 2,300 published scores are not beside the project (../shared/data/reward_vectors)"
+)
 def test_published_vectors():
     seen = Counter()
     for row in json.loads(VECTORS.read_text()):
@@ -239,7 +244,11 @@ def test_published_vectors():
             same = published is not None and value == pytest.approx(published, abs=1e-9)
             if not same and row["kind"] not in DIFFERENT_KINDS[name]:
                 parsed = parse_detections if row["task"] == "detection" else parse_grounding
-                assert value == 0.0 and parsed(row["completion"]) is None and has_reversed_box(row["completion"]), (row, name, value)
+                assert value == 0.0 and parsed(row["completion"]) is None and has_reversed_box(row["completion"]), (
+                    row,
+                    name,
+                    value,
+                )
             seen[name, "same" if same else "different"] += 1
     assert sum(seen.values()) == 1500 * 3 + 300 * 3 + 500 * 2
     assert seen["published_accuracy", "different"] == 0 and seen["iou", "same"] > 1300 and seen["format", "same"] > 2200
@@ -259,7 +268,9 @@ SOLUTIONS = {"accuracy": ["rose"], "published_accuracy": ["rose"], "giou": [A]}
 
 pieces = st.sampled_from(
     "<think> </think> <answer> </answer> [ ] { } ( ) , : ' \" 'Position': 'Confidence': No Objects [[ ]] ``` 0 1 100 300 "
-    "1e400 -1e400 nan inf - . 0.5 1e308 -1e308 1e-320 99999999999999999999 \n \0 é 🙂 {'Position':[1,2,3,4],'Confidence':1}".split(" ")
+    "1e400 -1e400 nan inf - . 0.5 1e308 -1e308 1e-320 99999999999999999999 \n \0 é 🙂 {'Position':[1,2,3,4],'Confidence':1}".split(
+        " "
+    )
 )
 near_misses = st.lists(pieces, max_size=40).map("".join)
 answers = st.one_of(st.text(), near_misses, near_misses.map(raw), near_misses.map(lambda s: raw(f"[{s}]")))
@@ -298,7 +309,9 @@ def test_order_of_boxes_changes_nothing(found, targets, data):
 @given(target=boxes(), one=boxes(), other=boxes(), confidence=st.integers(0, 100).map(lambda c: c / 100))
 def test_with_one_box_and_one_target_a_better_box_never_earns_less_iou(target, one, other, confidence):
     worse, better = sorted((one, other), key=lambda box: box_iou(box, target))
-    assert rewards.iou_reward(answer((worse, confidence)), [target]) <= rewards.iou_reward(answer((better, confidence)), [target])
+    assert rewards.iou_reward(answer((worse, confidence)), [target]) <= rewards.iou_reward(
+        answer((better, confidence)), [target]
+    )
 
 
 @given(a=boxes(), b=boxes())
@@ -318,7 +331,9 @@ def test_iou_counts_pixels(a, b):
     union = len(cells[0] | cells[1])
     enclosing = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
     iou = len(cells[0] & cells[1]) / union
-    assert box_iou(a, b) == pytest.approx(iou) and box_giou(a, b) == pytest.approx(iou - (enclosing - union) / enclosing)
+    assert box_iou(a, b) == pytest.approx(iou) and box_giou(a, b) == pytest.approx(
+        iou - (enclosing - union) / enclosing
+    )
 
 
 MEGABYTE = 2**20
@@ -339,7 +354,10 @@ LONG = {
 
 
 @pytest.mark.parametrize("unit", LONG.values(), ids=LONG.keys())
-@pytest.mark.parametrize("frame", ["{}", "<think>{}", "<think>a</think><answer>{}</answer>", "<think>a</think><answer>[{}]</answer>", "<answer>[[{}"])
+@pytest.mark.parametrize(
+    "frame",
+    ["{}", "<think>{}", "<think>a</think><answer>{}</answer>", "<think>a</think><answer>[{}]</answer>", "<answer>[[{}"],
+)
 def test_a_megabyte_costs_what_its_length_costs(unit, frame):
     def seconds(length: int) -> float:
         completion = frame.format(unit * (length // len(unit)))

@@ -85,10 +85,14 @@ class Config:
     shots: int | None = option(None, "few-shot: this many training images per category, chosen by seed")
     negatives: float = option(0.0, "share of examples that ask for an absent category (right answer: No Objects)")
     max_boxes: int | None = option(None, "leave out training examples with more boxes than this")
-    skip_bad_images: bool = option(False, "leave out images that are missing, broken or wrongly annotated, and count them")
+    skip_bad_images: bool = option(
+        False, "leave out images that are missing, broken or wrongly annotated, and count them"
+    )
     max_pixels: int = option(401408, "images are fitted to at most this many pixels (401408 = 512 patches of 28 x 28)")
     min_pixels: int = option(3136, "and to at least this many")
-    coordinates: str = option("auto", "what the model reads and writes: relative (0..1000), pixels, or auto by model family")
+    coordinates: str = option(
+        "auto", "what the model reads and writes: relative (0..1000), pixels, or auto by model family"
+    )
     think: bool = option(True, "ask for <think> before <answer>; false: answer only, and format judged on it alone")
     system_prompt: str | None = option(None, "system message before each question")
 
@@ -137,7 +141,7 @@ class Prefix(NamedTuple):
     cache: Any  # keys and values of the prompts, repeated to B * G rows; it grows as `branch` feeds tokens
     logits: Tensor  # [B * G, V], predicting each completion's first token
     mask: Tensor  # [B * G, P], 0 on the left padding
-    position: Tensor  # [B * G], position id of each completion's first token
+    position: Tensor  # [B * G, 1] (or one such per rotary axis), position id of each completion's first token
 
 
 def prefill(model: nn.Module, inputs: dict[str, Tensor], group_size: int) -> Prefix:
@@ -147,16 +151,17 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor], group_size: int) -> Pre
     flow from every completion through the cache into the one prompt, and on into the vision tower.
     """
     mask = inputs["attention_mask"]  # [B, P]
-    length = mask.sum(1)  # [B]
-    # Models with multi-axis rotary positions (Qwen-VL) derive them from the image grids and remember by how much a
-    # prompt's last position differs from its length; others get the positions that left padding would shift.
-    rotary = next((m for m in model.modules() if hasattr(m, "rope_deltas")), None)
-    positions = {} if rotary else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    out = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
-    position = length + rotary.rope_deltas.view(-1) if rotary else length
+    position = mask.sum(1, keepdim=True)  # [B, 1], how many tokens come before the completion
+    # Models with several rotary axes (Qwen-VL) derive positions from the image grids themselves, and note by how much
+    # the next position differs from the length; the others are told, because left padding would shift theirs.
+    several_axes = next((m for m in model.modules() if hasattr(m, "rope_deltas")), None)
+    told = {} if several_axes else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    out = model(**inputs, **told, use_cache=True, logits_to_keep=1)
+    if several_axes:
+        position = (position + several_axes.rope_deltas).expand(3, -1, -1)  # text advances alike on all three
     out.past_key_values.batch_repeat_interleave(group_size)
-    logits, mask, position = (x.repeat_interleave(group_size, 0) for x in (out.logits[:, -1], mask, position))
-    return Prefix(out.past_key_values, logits, mask, position)
+    logits, mask = (x.repeat_interleave(group_size, 0) for x in (out.logits[:, -1], mask))
+    return Prefix(out.past_key_values, logits, mask, position.repeat_interleave(group_size, -2))
 
 
 def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
@@ -164,13 +169,11 @@ def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
 
     The same call decodes (n = 1) and scores (n = C - 1). Positions are passed, not left to what a model remembers.
     """
-    past, prompt = prefix.cache.get_seq_length(), prefix.mask.shape[1]
-    total = past + ids.shape[1]
-    position = prefix.position[:, None] + torch.arange(past - prompt, total - prompt, device=ids.device)
-    if any(hasattr(m, "rope_deltas") for m in model.modules()):
-        position = position.expand(3, -1, -1)  # text advances on the time, height and width axes alike
-    mask = F.pad(prefix.mask, (0, total - prompt), value=1)
-    return model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=prefix.cache, use_cache=True).logits
+    done = prefix.cache.get_seq_length() - prefix.mask.shape[1]  # completion tokens in the cache so far
+    position = prefix.position + torch.arange(done, done + ids.shape[1], device=ids.device)
+    mask = F.pad(prefix.mask, (0, done + ids.shape[1]), value=1)
+    text = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+    return model(**text, past_key_values=prefix.cache, use_cache=True).logits
 
 
 def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
@@ -213,19 +216,17 @@ def sample(
 
 
 def completion_mask(ids: Tensor, eos: Tensor) -> Tensor:
-    """True up to and including the first EOS of each row, [B * G, C]; the EOS is trained, what follows is not.
-
-    By position, not by token value: where pad == eos, a mask by value would leave the EOS untrained.
-    """
+    """True up to and including the first EOS of each row, [B * G, C]: the EOS is trained, what follows is not."""
+    # By position, not by token value: where pad == eos, a mask by value would leave the EOS untrained.
     is_eos = torch.isin(ids, eos)
     return (is_eos.cumsum(1) - is_eos.long()) == 0
 
 
 def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
-    """A = (r - mean) / (std + 1e-4) within each group; rewards and result [B, G]. GRPO eq. 1 of section 4.1.2.
+    """A = (r - mean) / (std + 1e-4) within each group, std with ddof 1; rewards and result [B, G]. Visual-RFT eq. 2.
 
-    std with ddof 1. A group whose rewards are all equal gets 0: nothing to learn from it. scale=False leaves the
-    division out (Dr. GRPO, arXiv 2503.20783), which would weigh very easy and very hard prompts up.
+    A group whose rewards are all equal gets 0: nothing to learn from it. scale=False leaves out the division, which
+    weighs very easy and very hard prompts up (Dr. GRPO, arXiv 2503.20783).
     """
     centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
@@ -251,7 +252,7 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
 
 
 class CompletionLogps(nn.Module):
-    """Log-probabilities of completions as the forward of a module, so that DDP and FSDP see one call per backward."""
+    """The log-probabilities of completions as one forward of one module, which is what DDP and FSDP can wrap."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -268,12 +269,9 @@ class CompletionLogps(nn.Module):
 
 
 def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
-    """The k3 estimate of KL(pi_theta || pi_ref) per token: exp(d) - d - 1 with d = logp_ref - logp. GRPO eq. 4.
-
-    Never negative, and unbiased for tokens sampled from pi_theta. expm1 keeps its digits where d is near 0.
-    """
+    """The k3 estimate of KL(pi_theta || pi_ref) per token: exp(d) - d - 1 with d = logp_ref - logp. GRPO eq. 4."""
     d = logp_ref - logp
-    return torch.expm1(d) - d
+    return torch.expm1(d) - d  # never negative, unbiased for tokens of pi_theta; expm1 keeps the digits near d = 0
 
 
 def token_weights(mask: Tensor, loss: str, max_completion_tokens: int) -> tuple[Tensor, Tensor]:
@@ -296,7 +294,7 @@ def grpo_loss(
     logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, advantages: Tensor, weights: Tensor,
     eps_low: float, eps_high: float, beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sum over tokens of weight * (-min(rho A, clip(rho) A) + beta KL). GRPO eq. 3, Visual-RFT eq. 2.
+    """Sum over tokens of weight * (-min(rho A, clip(rho) A) + beta KL). GRPO eq. 3.
 
     logp, logp_old, logp_ref [N, C]: of pi_theta, of the policy that sampled, of the reference (None: no KL term);
     advantages [N]; weights [N, C], 0 on tokens that do not count. Returns the loss and, per token [N, C], the KL
@@ -328,11 +326,10 @@ class Rollout(NamedTuple):
     advantages: Tensor  # [B * G]
 
 
-@torch.no_grad()
 def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     """Items 2 to 4 of the method; a group lives on one process, so comparing within it needs no communication."""
     cfg, G = run.cfg, run.cfg.group_size
-    with run.timer("sample"), run.autocast():
+    with run.timer("sample"), torch.no_grad(), run.autocast():
         keys = [f"{cfg.seed}/{step}/{p.slot}/{p.example.id}" for p in prompts]
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         ids = sample(run.model, run.collate(prompts), G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
@@ -362,7 +359,7 @@ def update(run: "Run", ro: Rollout, metrics: "Averages") -> None:
     if run.reference is not None:
         with run.timer("reference"), torch.no_grad(), run.autocast():
             logps_ref = [run.reference(inputs, ro.ids[at], G, **run.distribution)[0] for inputs, at in batches]
-    logps_old: list[Tensor] = []
+    terms, logps_old = {"eps_low": cfg.eps_low, "eps_high": cfg.eps_high, "beta": cfg.beta}, []
     for epoch in range(cfg.inner_epochs):
         for i, (inputs, at) in enumerate(batches):
             with run.timer("train"), run.accumulate(last=i + 1 == len(batches)):
@@ -373,7 +370,7 @@ def update(run: "Run", ro: Rollout, metrics: "Averages") -> None:
                     # So rho = 1 and the loss is about 0, as a group's advantages add up to 0; the gradient is not.
                     logps_old.append(logp.detach())
                 loss, kl, clipped = grpo_loss(
-                    logp, logps_old[i], logps_ref[i], ro.advantages[at[0]], weights[at], cfg.eps_low, cfg.eps_high, cfg.beta
+                    logp, logps_old[i], logps_ref[i], ro.advantages[at[0]], weights[at], **terms
                 )
                 loss = loss * processes / divisor  # DDP averages over processes; the divisor counts all of them
                 run.accelerator.backward(loss)
@@ -470,6 +467,9 @@ def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
     return torch.cat([torch.rand(group_size, max_tokens, dtype=torch.float64, generator=g) for g in generators])
 
 
+AT_LEAST_1 = ("steps", "inner_epochs", "max_completion_tokens", "prompts_per_step", "prompts_per_forward", "eval_batch")
+
+
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
     parser = HfArgumentParser(Config, description="ViRFT: GRPO for vision-language models with verifiable rewards")
@@ -490,9 +490,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
         if not good:
             raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
     return cfg
-
-
-AT_LEAST_1 = ("steps", "inner_epochs", "max_completion_tokens", "prompts_per_step", "prompts_per_forward", "eval_batch")
 
 
 def rewards_of(cfg: Config) -> dict[str, tuple[Any, float]]:
@@ -532,13 +529,18 @@ def load_processor(cfg: Config) -> tuple[Any, data.Fit, str]:
         family = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).model_type
         processor = AutoProcessor.from_pretrained(cfg.model, revision=cfg.revision)
     if getattr(processor, "chat_template", None) is None:
-        raise SystemExit(f"model {cfg.model} has no chat template; an instruction-tuned vision-language model is expected")
+        raise SystemExit(
+            f"model {cfg.model} has no chat template; an instruction-tuned vision-language model is expected"
+        )
     fit = data.image_fit(processor.image_processor, cfg.max_pixels, cfg.min_pixels)
     data.check_fit(processor.image_processor, fit)
     if cfg.coordinates != "auto":
         return processor, fit, cfg.coordinates
     if family not in data.COORDINATES_OF_FAMILY:
-        print(f"model type {family} is not known here: coordinates taken as 0..1000, relative; see --coordinates", file=sys.stderr)
+        print(
+            f"model type {family} is not known here: coordinates taken as 0..1000, relative; see --coordinates",
+            file=sys.stderr,
+        )
     return processor, fit, data.COORDINATES_OF_FAMILY.get(family, "relative")
 
 
@@ -556,7 +558,12 @@ def load_examples(cfg: Config, split: str) -> list[Example]:
     """The task's examples of a split; what was left out and why is printed."""
     training, task = split == "train", data.TASKS[cfg.task]
     source = (not training and cfg.eval_data) or cfg.data or task.hub_data
-    chosen = {"categories": cfg.categories, "negatives": cfg.negatives, "seed": cfg.seed, "skip_bad_images": cfg.skip_bad_images}
+    chosen = {
+        "categories": cfg.categories,
+        "negatives": cfg.negatives,
+        "seed": cfg.seed,
+        "skip_bad_images": cfg.skip_bad_images,
+    }
     chosen |= {"shots": cfg.shots, "max_boxes": cfg.max_boxes} if training else {"limit": cfg.eval_limit}
     with loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
@@ -601,7 +608,9 @@ def start(cfg: Config) -> Run:
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=cfg.report_to or None, project_dir=cfg.out)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
-        raise SystemExit(f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: each would train alone")
+        raise SystemExit(
+            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: each would train alone"
+        )
     gradients, task = not (cfg.eval_only or cfg.ask), data.TASKS[cfg.task]
     processor, fit, coordinates = load_processor(cfg)
     if cfg.ask:
@@ -610,10 +619,14 @@ def start(cfg: Config) -> Run:
         examples = load_examples(cfg, "train" if gradients else "val")
     frozen_dtype = torch.bfloat16 if on_gpu else torch.float32
     model = load_model(cfg, torch.float32 if gradients else frozen_dtype, accelerator.device)
-    eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=accelerator.device) for ids in special_tokens(model, processor))
+    eos, forbidden = (
+        torch.tensor(ids, dtype=torch.long, device=accelerator.device) for ids in special_tokens(model, processor)
+    )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     room = positions - cfg.max_completion_tokens
-    prompts = Prompts(task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
+    prompts = Prompts(
+        task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, room, cfg.skip_bad_images
+    )
     run = Run(
         cfg, accelerator, processor, prompts, model=model, policy=CompletionLogps(model), reference=None, optimizer=None,
         rewards=rewards_of(cfg), eos=eos, distribution={"temperature": cfg.temperature, "forbidden": forbidden}, seconds={},
@@ -622,11 +635,17 @@ def start(cfg: Config) -> Run:
         if frozen := freeze_unreachable(run):
             run.say(f"frozen, because no completion depends on them: {', '.join(frozen)}")
         trained = [p for p in model.parameters() if p.requires_grad]
-        run.say(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained")
-        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True)
+        run.say(
+            f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained"
+        )
+        optimizer = torch.optim.AdamW(
+            trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
+        )
         run.policy, run.optimizer = accelerator.prepare(run.policy, optimizer)
         if cfg.beta > 0:
-            run.reference = CompletionLogps(load_model(cfg, frozen_dtype, accelerator.device)).requires_grad_(False).eval()
+            run.reference = (
+                CompletionLogps(load_model(cfg, frozen_dtype, accelerator.device)).requires_grad_(False).eval()
+            )
     return run
 
 
@@ -644,7 +663,10 @@ def describe(run: Run) -> str:
             f"of up to {cfg.prompts_per_forward}; x {cfg.group_size} completions = {cfg.prompts_per_step * cfg.group_size} a step; "
             f"{cfg.steps} steps are {cfg.steps * cfg.prompts_per_step / len(examples):.2f} epochs of {len(examples)} examples"
         )
-        answers = [len(run.processor.tokenizer(data.model_answer(e, first.target, cfg.think))["input_ids"]) for e in examples[:2000]]
+        answers = [
+            len(run.processor.tokenizer(data.model_answer(e, first.target, cfg.think))["input_ids"])
+            for e in examples[:2000]
+        ]
         if too_long := sum(tokens >= cfg.max_completion_tokens for tokens in answers):
             lines.append(
                 f"{too_long} of {len(answers)} examples have an answer that does not fit in --max_completion_tokens "
@@ -654,7 +676,9 @@ def describe(run: Run) -> str:
     for token in run.distribution["forbidden"].tolist():
         name, count = run.processor.tokenizer.decode([token]), int((ids == token).sum())
         shown = shown.replace(name * count, f"{name} x {count} ") if count > 1 else shown
-    lines.append(f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({first.example.coordinates or run.prompts.coordinates})")
+    lines.append(
+        f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({first.example.coordinates or run.prompts.coordinates})"
+    )
     return "\n".join([*lines, f"first prompt, {len(ids)} tokens:", shown])
 
 
@@ -667,7 +691,9 @@ def prompt_stream(run: Run) -> DataLoader:
     cfg, accelerator = run.cfg, run.accelerator
     order, epoch = [], 0
     while len(order) < cfg.steps * cfg.prompts_per_step:
-        order += random.Random(f"{cfg.seed}/{epoch}").sample(range(len(run.prompts.examples)), len(run.prompts.examples))
+        order += random.Random(f"{cfg.seed}/{epoch}").sample(
+            range(len(run.prompts.examples)), len(run.prompts.examples)
+        )
         epoch += 1
     mine = range(accelerator.process_index, cfg.prompts_per_step, accelerator.num_processes)
     steps = [[(slot, order[step * cfg.prompts_per_step + slot]) for slot in mine] for step in range(cfg.steps)]
@@ -693,10 +719,14 @@ def rollout_metrics(run: Run, ro: Rollout, metrics: Averages) -> None:
 
 def rollout_records(ro: Rollout, step: int) -> list[dict]:
     """One line of rollouts.jsonl per completion."""
-    G, columns = ro.rewards.shape[1], {"reward": ro.rewards, **ro.parts, "advantage": ro.advantages, "tokens": ro.mask.sum(1)}
+    G, columns = (
+        ro.rewards.shape[1],
+        {"reward": ro.rewards, **ro.parts, "advantage": ro.advantages, "tokens": ro.mask.sum(1)},
+    )
     numbers = {name: [round(value, 4) for value in values.flatten().tolist()] for name, values in columns.items()}
     return [
-        {"step": step, "id": ro.prompts[i // G].example.id, "completion": text} | {name: values[i] for name, values in numbers.items()}
+        {"step": step, "id": ro.prompts[i // G].example.id, "completion": text}
+        | {name: values[i] for name, values in numbers.items()}
         for i, text in enumerate(ro.texts)
     ]
 
@@ -728,7 +758,12 @@ def train(run: Run) -> None:
         if accelerator.is_main_process:
             evaluate.append_rows(out / "rollouts.jsonl", records)
             evaluate.append_rows(out / "metrics.jsonl", [row])
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in (*(f"reward_{r}" for r in run.rewards), "kl", "completion_tokens")})
+            bar.set_postfix(
+                {
+                    name: f"{row[name]:.3g}"
+                    for name in (*(f"reward_{r}" for r in run.rewards), "kl", "completion_tokens")
+                }
+            )
             if cfg.picture_every and step % cfg.picture_every == 0:
                 evaluate.draw_answer(prompts[0], ro.texts[0], out / "pictures" / f"step_{step:06d}.png")
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
@@ -744,7 +779,9 @@ def train(run: Run) -> None:
         run.say(f"{len(skipped)} images skipped while training; one of them: {min(skipped)}")
     if accelerator.is_main_process:
         evaluate.plot_curves(out / "metrics.jsonl", out / "curves.png")
-    run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}, metrics and rollouts in {out}")
+    run.say(
+        f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}, metrics and rollouts in {out}"
+    )
     accelerator.end_training()
 
 
@@ -789,7 +826,9 @@ def save_model(run: Run, folder: Path) -> None:
 def answer(run: Run, prompts: list[Prompt]) -> list[str]:
     """The policy's most probable answers: the sampler of training, greedy."""
     with run.autocast():
-        ids = sample(run.model, run.collate(prompts), 1, None, run.cfg.max_completion_tokens, run.eos, **run.distribution)
+        ids = sample(
+            run.model, run.collate(prompts), 1, None, run.cfg.max_completion_tokens, run.eos, **run.distribution
+        )
     return run.decode(ids, completion_mask(ids, run.eos))
 
 
@@ -831,7 +870,9 @@ def prepare_out(cfg: Config) -> None:
     out = Path(cfg.out)
     if (out / "config.json").exists():
         if not cfg.overwrite:
-            raise SystemExit(f"--out {out} holds an earlier run; name another folder, or pass --overwrite true to replace it")
+            raise SystemExit(
+                f"--out {out} holds an earlier run; name another folder, or pass --overwrite true to replace it"
+            )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")

@@ -48,7 +48,9 @@ def best_per_category(training: list[dict]) -> dict[str, tuple]:
         pairs = [(box, max(p["solution"], key=lambda target: box_iou(box, target)))
                  for p in training if p["category"] == category and p["solution"] for box, _ in p["detections"] or []]  # fmt: skip
         pairs = [(box, target) for box, target in pairs if box_iou(box, target) > 0.1]
-        fitted[category] = climb(lambda t: sum(box_iou(transform_box(b, t), target) for b, target in pairs), (0.0, 0.0, 1.0, 1.0))
+        fitted[category] = climb(
+            lambda t: sum(box_iou(transform_box(b, t), target) for b, target in pairs), (0.0, 0.0, 1.0, 1.0)
+        )
     return fitted
 
 
@@ -81,23 +83,78 @@ def main() -> None:
     # The untrained model's answers to the training pictures: the same data, its training split named as validation.
     fit = out / "fit_data"
     (fit / "annotations").mkdir(parents=True, exist_ok=True)
-    for link, target in ((fit / "val", out / "data" / "train"), (fit / "annotations" / "instances_val.json", out / "data/annotations/instances_train.json")):
+    for link, target in (
+        (fit / "val", out / "data" / "train"),
+        (fit / "annotations" / "instances_val.json", out / "data/annotations/instances_train.json"),
+    ):
         if not link.exists():
             link.symlink_to(os.path.relpath(target, link.parent))
-    common = ["--task", "coco", "--max_completion_tokens", str(settings["max_completion_tokens"]), "--overwrite", "true", "--negatives", str(settings["negatives"])]
+    common = [
+        "--task",
+        "coco",
+        "--max_completion_tokens",
+        str(settings["max_completion_tokens"]),
+        "--overwrite",
+        "true",
+        "--negatives",
+        str(settings["negatives"]),
+    ]
     evaluation = [*common, "--eval_only", "true", "--eval_batch", "64"]
-    virft.main([*evaluation, "--model", settings["model"], "--data", str(fit), "--eval_limit", "600", "--out", str(out / "fit")])
+    virft.main(
+        [
+            *evaluation,
+            "--model",
+            settings["model"],
+            "--data",
+            str(fit),
+            "--eval_limit",
+            "600",
+            "--out",
+            str(out / "fit"),
+        ]
+    )
     training, held_out = read_predictions(out / "fit"), read_predictions(out / "before")
     factor, fitted = best_uniform_resize(training), best_per_category(training)
 
-    kept = [part for name in ("steps", "prompts_per_step", "prompts_per_forward", "group_size", "lr", "beta2", "beta") for part in (f"--{name}", str(settings[name]))]
-    shuffled_training([*common, *kept, "--model", settings["model"], "--data", str(out / "data"), "--seed", str(args.seed), "--out", str(out / "shuffled")])
-    virft.main([*evaluation, "--model", str(out / "shuffled/model"), "--data", str(out / "data"), "--out", str(out / "shuffled/after")])
+    kept = [
+        part
+        for name in ("steps", "prompts_per_step", "prompts_per_forward", "group_size", "lr", "beta2", "beta")
+        for part in (f"--{name}", str(settings[name]))
+    ]
+    shuffled_training(
+        [
+            *common,
+            *kept,
+            "--model",
+            settings["model"],
+            "--data",
+            str(out / "data"),
+            "--seed",
+            str(args.seed),
+            "--out",
+            str(out / "shuffled"),
+        ]
+    )
+    virft.main(
+        [
+            *evaluation,
+            "--model",
+            str(out / "shuffled/model"),
+            "--data",
+            str(out / "data"),
+            "--out",
+            str(out / "shuffled/after"),
+        ]
+    )
 
     rows = {
         "before": measure(out / "before")["iou"],
-        f"uniform resize by {factor:.2f}": mean_iou_reward(held_out, lambda p, box: transform_box(box, (0, 0, factor, factor))),
-        "shift and scale per category": mean_iou_reward(held_out, lambda p, box: transform_box(box, fitted[p["category"]])),
+        f"uniform resize by {factor:.2f}": mean_iou_reward(
+            held_out, lambda p, box: transform_box(box, (0, 0, factor, factor))
+        ),
+        "shift and scale per category": mean_iou_reward(
+            held_out, lambda p, box: transform_box(box, fitted[p["category"]])
+        ),
         "GRPO, rewards shuffled": measure(out / "shuffled" / "after")["iou"],
         "GRPO": measure(out / "after")["iou"],
     }

@@ -1,6 +1,6 @@
 """Before and after: the table, the pictures and the numbers of the demo.
 
-    python demo/report.py runs/demo                  # reads before/, train/ and after/, writes summary.json and pictures
+python demo/report.py runs/demo                  # reads before/, train/ and after/, writes summary.json and pictures
 """
 
 import argparse
@@ -43,7 +43,9 @@ def mean_iou_reward(predictions: Sequence[dict], change: Callable[[dict, list], 
         if found is None:
             return 0.0
         changed = [change(p, box) for box, _ in found]
-        return iou_reward(f"<answer>{detection_answer(changed, [c for _, c in found], digits=6)}</answer>", p["solution"])
+        return iou_reward(
+            f"<answer>{detection_answer(changed, [c for _, c in found], digits=6)}</answer>", p["solution"]
+        )
 
     return mean([reward(p) for p in predictions])
 
@@ -63,7 +65,11 @@ def measure(folder: Path) -> dict[str, float]:
     mixed = [p for p in positives if len({category for category, _ in objects[p["image_id"]]}) > 1]
 
     def chosen(p: dict) -> bool:
-        overlaps = [(box_iou(p["detections"][0][0], box), category) for category, box in objects[p["image_id"]]] if p["detections"] else []
+        overlaps = (
+            [(box_iou(p["detections"][0][0], box), category) for category, box in objects[p["image_id"]]]
+            if p["detections"]
+            else []
+        )
         return max(overlaps, default=(0.0, None))[1] == p["category"] and max(overlaps)[0] > 0
 
     return {name: scores[name] for name in ("iou", "confidence", "format", "AP", "AP50", "AP75")} | {

@@ -70,7 +70,14 @@ def write_split(root: Path, split: str, count: int, seed: int) -> None:
         for category, (x1, y1, x2, y2) in scene:
             box = [x1, y1, x2 - x1, y2 - y1]
             annotations.append(
-                {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[category], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": ids[category],
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
             )
     categories = [{"id": i, "name": category} for category, i in ids.items()]
     (root / "annotations").mkdir(exist_ok=True)

@@ -101,7 +101,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     mark = "\0"
     phrases = ["USER: ", "\nASSISTANT: ", *prompt(mark).split(mark), *CATEGORIES]
-    phrases += ["<think>I see ", ".</think><answer>", "</answer>", "[{'Position': [", ", ", "], 'Confidence': ", "}, {'Position': [", "}]", "No Objects"]
+    phrases += [
+        "<think>I see ",
+        ".</think><answer>",
+        "</answer>",
+        "[{'Position': [",
+        ", ",
+        "], 'Confidence': ",
+        "}, {'Position': [",
+        "}]",
+        "No Objects",
+    ]
     phrases += [str(n) for n in range(1001)] + [str(round(c / 100, 2)) for c in range(101)]
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<pad>", "</s>", "<image>")])
     tokenizer.add_tokens([AddedToken(p, normalized=False) for p in dict.fromkeys(phrases)])
@@ -134,13 +144,18 @@ def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGener
         vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
     with torch.no_grad():
         # Neighboring positions and numbers start alike; without this the model learns where things are far more slowly.
         grid = torch.arange(SIZE // PATCH).float()
         rows, columns = waves(grid, 32, 2 * len(grid)), waves(grid, 32, 2 * len(grid))
         table = torch.cat([rows[:, None].expand(-1, len(grid), -1), columns[None].expand(len(grid), -1, -1)], -1)
-        dict(model.named_parameters())["model.vision_tower.embeddings.position_embedding.weight"].copy_(0.5 * table.flatten(0, 1))
+        dict(model.named_parameters())["model.vision_tower.embeddings.position_embedding.weight"].copy_(
+            0.5 * table.flatten(0, 1)
+        )
         embedding = model.get_input_embeddings().weight
         number_ids = tokenizer.convert_tokens_to_ids([str(n) for n in range(1001)])
         embedding[number_ids] = 0.08 * waves(torch.arange(1001).float(), 128, 2000) + 0.1 * embedding[number_ids]
@@ -152,7 +167,9 @@ def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGener
 
 def waves(values: torch.Tensor, width: int, longest: float) -> torch.Tensor:
     """Sines and cosines of `values` in width / 2 geometric wavelengths from 2 to `longest`; [len(values), width]."""
-    wavelengths = torch.logspace(math.log10(longest), math.log10(min(2.0 * longest, max(4.0, longest / 100))), width // 2)
+    wavelengths = torch.logspace(
+        math.log10(longest), math.log10(min(2.0 * longest, max(4.0, longest / 100))), width // 2
+    )
     phases = 2 * math.pi * values[:, None] / wavelengths
     return torch.cat([phases.sin(), phases.cos()], 1)
 
@@ -206,11 +223,16 @@ def main() -> None:
     model = make_model(processor, args.seed)
     prompt_ids = make_prompt_ids(processor)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size:,} parameters, vocabulary {len(processor.tokenizer)}, prompts of {len(prompt_ids[CATEGORIES[0]])} tokens")
+    print(
+        f"{size:,} parameters, vocabulary {len(processor.tokenizer)}, prompts of {len(prompt_ids[CATEGORIES[0]])} tokens"
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = 200
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps))))
+        optimizer,
+        lambda s: (
+            min(1.0, (s + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps))))
+        ),
     )
     rng, start, smooth = random.Random(f"warm start {args.seed}"), time.time(), None
     for step in range(1, args.steps + 1):
@@ -220,7 +242,9 @@ def main() -> None:
         labels = batch.pop("labels")
         keep = labels.shape[1] - min(len(ids) for ids in prompt_ids.values()) + 1  # no logits for the prompt
         logits = model(**batch, logits_to_keep=keep).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, -keep + 1 :].flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, -keep + 1 :].flatten(), ignore_index=-100
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -232,7 +256,15 @@ def main() -> None:
             model.save_pretrained(args.out)
     model.eval().save_pretrained(args.out)
     processor.save_pretrained(args.out)
-    record = {"prompt": prompt("{category}"), "transforms": TRANSFORMS, "jitter": JITTER, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed}
+    record = {
+        "prompt": prompt("{category}"),
+        "transforms": TRANSFORMS,
+        "jitter": JITTER,
+        "steps": args.steps,
+        "batch": args.batch,
+        "lr": args.lr,
+        "seed": args.seed,
+    }
     (args.out / "warm_start.json").write_text(json.dumps(record, indent=2) + "\n")
     print(f"saved {args.out} after {time.time() - start:.0f} s")
 

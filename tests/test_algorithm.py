@@ -27,7 +27,9 @@ def alone(model, inputs: dict, completion: torch.Tensor, temperature: float, for
     """The oracle: prompt and completion in one plain forward, no cache, no batch, no padding; log-probabilities [C]."""
     ids = torch.cat([inputs["input_ids"], completion[None]], 1)
     extended = {
-        name: F.pad(value, (0, len(completion)), value=int(name == "attention_mask")) if value.shape == inputs["input_ids"].shape else value
+        name: F.pad(value, (0, len(completion)), value=int(name == "attention_mask"))
+        if value.shape == inputs["input_ids"].shape
+        else value
         for name, value in inputs.items()
     }
     logits = model(**(extended | {"input_ids": ids})).logits[0, -len(completion) - 1 : -1] / temperature
@@ -103,7 +105,11 @@ def test_greedy_takes_the_most_probable_token_and_rows_end_at_eos():
         ids = virft.sample(model, collate(as_prompts(inputs), 0), 2, None, 5, torch.tensor([-1]), 1.0, NONE)
         sequence = inputs[0]["input_ids"]
         for t in range(5):
-            token = model(**(inputs[0] | {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)})).logits[0, -1].argmax()
+            token = (
+                model(**(inputs[0] | {"input_ids": sequence, "attention_mask": torch.ones_like(sequence)}))
+                .logits[0, -1]
+                .argmax()
+            )
             assert ids[0, t] == ids[1, t] == token
             sequence = torch.cat([sequence, token.view(1, 1)], 1)
         stopped = virft.sample(model, collate(as_prompts(inputs), 0), 2, None, 5, ids[0, 1:2], 1.0, NONE)
@@ -115,7 +121,16 @@ def test_sampling_does_not_depend_on_the_batch():
     make, inputs = models.CASES["qwen2-vl padded"]
     model = make()
     with torch.no_grad():
-        together = virft.sample(model, collate(as_prompts(inputs), 0), 3, virft.sampling_noise(["a", "b"], 3, 6), 6, torch.tensor([-1]), 1.0, NONE)
+        together = virft.sample(
+            model,
+            collate(as_prompts(inputs), 0),
+            3,
+            virft.sampling_noise(["a", "b"], 3, 6),
+            6,
+            torch.tensor([-1]),
+            1.0,
+            NONE,
+        )
         one = virft.sample(model, inputs[1], 3, virft.sampling_noise(["b"], 3, 6), 6, torch.tensor([-1]), 1.0, NONE)
     assert torch.equal(together[3:], one)
     assert len({tuple(row.tolist()) for row in together}) == 6, "every completion has noise of its own"
@@ -161,7 +176,9 @@ CLIP = [  # rho, A, objective, does the gradient flow?
 def test_clip(rho, A, objective, flows):
     """[4] For both signs of the advantage; eps_low 0.2 and eps_high 0.3."""
     logp = torch.tensor([[math.log(rho)]], requires_grad=True)
-    loss, _, clipped = virft.grpo_loss(logp, torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), 0.2, 0.3, 0.0)
+    loss, _, clipped = virft.grpo_loss(
+        logp, torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), 0.2, 0.3, 0.0
+    )
     loss.backward()
     assert loss.item() == pytest.approx(-objective, rel=1e-5)
     assert (logp.grad.item() != 0) == flows == (not clipped.item())
@@ -189,7 +206,10 @@ def test_group_advantages():
     rewards = torch.tensor([[0.0, 1.0, 1.0, 2.0], [0.5, 0.5, 0.5, 0.5]])
     std = math.sqrt((1 + 0 + 0 + 1) / 3)
     expected = torch.tensor([[-1.0, 0.0, 0.0, 1.0]]) / (std + 1e-4)
-    assert torch.allclose(virft.group_advantages(rewards)[:1], expected) and (virft.group_advantages(rewards)[1] == 0).all()
+    assert (
+        torch.allclose(virft.group_advantages(rewards)[:1], expected)
+        and (virft.group_advantages(rewards)[1] == 0).all()
+    )
     assert torch.equal(virft.group_advantages(rewards, scale=False)[0], torch.tensor([-1.0, 0.0, 0.0, 1.0]))
     with pytest.raises(SystemExit, match="--group_size 1: must be at least 2"):
         virft.parse_config(["--group_size", "1"])
@@ -218,12 +238,19 @@ def test_padding_changes_nothing(wild):
     weights, divisor = virft.token_weights(mask, "grpo", 3)
     results = []
     for fill in (0.0, wild):
-        logp, old, ref = (torch.randn(2, 3, generator=torch.Generator().manual_seed(i)).masked_fill(~mask, fill * (-1) ** i) for i in range(3))
+        logp, old, ref = (
+            torch.randn(2, 3, generator=torch.Generator().manual_seed(i)).masked_fill(~mask, fill * (-1) ** i)
+            for i in range(3)
+        )
         logp.requires_grad_()
         loss, kl, _ = virft.grpo_loss(logp, old, ref, torch.tensor([1.0, -1.0]), weights, 0.2, 0.2, 0.04)
         (loss / divisor).backward()
         results.append((loss.item(), logp.grad, kl[mask]))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1]) and torch.equal(results[0][2], results[1][2])
+    assert (
+        results[0][0] == results[1][0]
+        and torch.equal(results[0][1], results[1][1])
+        and torch.equal(results[0][2], results[1][2])
+    )
 
 
 def test_log_probabilities_are_float32_over_bf16_logits():
@@ -250,7 +277,9 @@ def test_dropout_never_acts(make_run, llava_dir, tmp_path):
     assert run.model.config.text_config.attention_dropout == 0.5
     assert not any(m.training for m in [*run.model.modules(), *run.reference.modules()])
     inputs, ids = run.collate(first_prompts(run, 2)), torch.arange(16).view(8, 2)
-    assert torch.equal(run.policy(inputs, ids, 4, **run.distribution)[0], run.policy(inputs, ids, 4, **run.distribution)[0])
+    assert torch.equal(
+        run.policy(inputs, ids, 4, **run.distribution)[0], run.policy(inputs, ids, 4, **run.distribution)[0]
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -421,7 +450,9 @@ def test_operations_are_those_of_one_prompt_and_its_completions():
     shared = count(lambda: virft.CompletionLogps(model)(inputs, ids, G, 1.0, NONE)[0].sum().backward())
     prompt = count(lambda: model(**inputs, logits_to_keep=1).logits.sum().backward())
     kv = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    per_token = text.num_hidden_layers * (2 * text.hidden_size**2 + 2 * text.hidden_size * kv + 3 * text.hidden_size * text.intermediate_size)
+    per_token = text.num_hidden_layers * (
+        2 * text.hidden_size**2 + 2 * text.hidden_size * kv + 3 * text.hidden_size * text.intermediate_size
+    )
     per_token += text.vocab_size * text.hidden_size
     attention = text.num_hidden_layers * 2 * text.hidden_size * (P + C - 1)  # per token: scores and their use
     completion = 3 * 2 * (C - 1) * (per_token + attention)  # multiply and add; forward and twice that backward

@@ -58,7 +58,9 @@ def test_one_example_per_image_and_category(coco):
     assert set(found) == {"train/1/dog", "train/2/dog", "train/2/cat"}
     dog = found["train/1/dog"]
     assert dog.solution == ((10, 5, 30, 35), (40, 5, 60, 15)), "xywh -> xyxy; a fraction over the edge is cut"
-    assert dog.images == (coco.images / "1.png",) and dog.size == (60, 40) and dog.category_id == 7 and dog.image_id == 1
+    assert (
+        dog.images == (coco.images / "1.png",) and dog.size == (60, 40) and dog.category_id == 7 and dog.image_id == 1
+    )
     assert any("unicorn" in note for note in notes)
 
 
@@ -76,7 +78,9 @@ def test_categories(coco):
 @shared("coco_mini")
 def test_named_splits():
     """The published splits, against the 80 names of real COCO."""
-    known = [c["name"] for c in json.loads((SHARED / "coco_mini" / "instances_train2017.json").read_text())["categories"]]
+    known = [
+        c["name"] for c in json.loads((SHARED / "coco_mini" / "instances_train2017.json").read_text())["categories"]
+    ]
     novel, base, few = (data._wanted_categories(Path("x"), known, name) for name in ("novel15", "base65", "fewshot8"))
     assert len(novel) == 15 and len(base) == 65 and len(few) == 8 and set(novel) | set(base) == set(known)
 
@@ -90,7 +94,9 @@ def test_shots_are_seeded_and_counted(tmp_path):
     assert set(per_category.values()) == {3} and len(per_category) == 12
     assert [e.id for e in first] == [e.id for e in again] != [e.id for e in other]
     one = data.read_coco(str(tmp_path), "train", "red circle", shots=3, seed=1)[0]
-    assert {e.id for e in one} == {e.id for e in first if e.category == "red circle"}, "a category's shots do not depend on the others asked"
+    assert {e.id for e in one} == {e.id for e in first if e.category == "red circle"}, (
+        "a category's shots do not depend on the others asked"
+    )
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
@@ -103,7 +109,9 @@ def test_negatives(tmp_path, share):
     assert len(absent) / len(examples) == pytest.approx(share, abs=0.01)
     shown = {(e.image_id, e.category) for e in examples if e.solution}
     assert not any((e.image_id, e.category) in shown for e in absent)
-    assert [e.id for e in data.read_coco(str(tmp_path), "train", negatives=share, seed=3)[0]] == [e.id for e in examples]
+    assert [e.id for e in data.read_coco(str(tmp_path), "train", negatives=share, seed=3)[0]] == [
+        e.id for e in examples
+    ]
 
 
 def test_a_crowd_is_not_an_absence(coco):
@@ -121,7 +129,10 @@ def annotation(row, **fields):
 
 
 BAD = {  # what is wrong: (change, what the error must name); the first group concerns single images
-    "box outside the image": (annotation(1, bbox=[50, 5, 20, 10]), r"annotations\[1\] of image 1 \(60x40\) lies outside"),
+    "box outside the image": (
+        annotation(1, bbox=[50, 5, 20, 10]),
+        r"annotations\[1\] of image 1 \(60x40\) lies outside",
+    ),
     "box of zero width": (annotation(0, bbox=[10, 5, 0, 30]), r"annotations\[0\].*has no area"),
     "box of negative height": (annotation(0, bbox=[10, 35, 5, -30]), r"annotations\[0\].*has no area"),
     "missing image": (lambda t: t["images"][1].update(file_name="9.png"), r"9\.png: no such image \(images\[1\]"),
@@ -176,7 +187,12 @@ def test_bad_files_are_named(coco):
 def test_images_of_every_kind_load_upright_in_rgb(tmp_path):
     upright = Image.new("RGB", (30, 20), "blue")
     upright.paste("red", (0, 0, 10, 20))  # a red band on the left
-    kinds = {"rgb.png": upright, "palette.png": upright.quantize(4), "cmyk.jpg": upright.convert("CMYK"), "grey.png": upright.convert("L")}
+    kinds = {
+        "rgb.png": upright,
+        "palette.png": upright.quantize(4),
+        "cmyk.jpg": upright.convert("CMYK"),
+        "grey.png": upright.convert("L"),
+    }
     sideways = upright.transpose(Image.Transpose.ROTATE_90)
     for name, image in kinds.items():
         image.save(tmp_path / name)
@@ -225,7 +241,9 @@ def test_fitted_sizes_are_stable(width, height, multiple):
     assert w % multiple == 0 and h % multiple == 0 and w * h <= 401408
     if max(width, height) <= 20 * min(width, height):
         assert w * h >= 3136 and fit.size(w, h) == (w, h)
-        assert abs(math.log((w / h) / (width / height))) < math.log((min(w, h) / multiple + 1) / max(1, min(w, h) / multiple - 1) if min(w, h) > multiple else 3)
+        assert abs(math.log((w / h) / (width / height))) < math.log(
+            (min(w, h) / multiple + 1) / max(1, min(w, h) / multiple - 1) if min(w, h) > multiple else 3
+        )
 
 
 @shared("qwen2_5_vl_processor")
@@ -236,7 +254,11 @@ def test_qwen_processors_keep_fitted_sizes(width, height):
 
     settings = json.loads((SHARED / "qwen2_5_vl_processor" / "preprocessor_config.json").read_text())
     low, high = settings["min_pixels"], settings["max_pixels"]
-    processor = SimpleNamespace(patch_size=settings["patch_size"], merge_size=settings["merge_size"], size={"shortest_edge": low, "longest_edge": high})
+    processor = SimpleNamespace(
+        patch_size=settings["patch_size"],
+        merge_size=settings["merge_size"],
+        size={"shortest_edge": low, "longest_edge": high},
+    )
     fit = data.image_fit(processor, 401408, 3136)
     assert fit == Fit(28, 3136, 401408)
     if max(width, height) <= 200 * min(width, height):
@@ -263,7 +285,9 @@ def test_a_processor_that_changes_fitted_images_is_refused():
         data.check_fit(processor, Fit(1, 1, 112 * 112, (100, 112)))
 
 
-boxes = st.tuples(*[st.floats(0, 1)] * 4).map(lambda b: (min(b[0], b[2]) * 640, min(b[1], b[3]) * 427, max(b[0], b[2]) * 640, max(b[1], b[3]) * 427))
+boxes = st.tuples(*[st.floats(0, 1)] * 4).map(
+    lambda b: (min(b[0], b[2]) * 640, min(b[1], b[3]) * 427, max(b[0], b[2]) * 640, max(b[1], b[3]) * 427)
+)
 
 
 @given(box=boxes, coordinates=st.sampled_from(["relative", "pixels"]))
@@ -293,7 +317,10 @@ def test_ground_truth_written_as_an_answer_earns_everything(coordinates):
     example = Example("a", (Path("x"),), (640, 427), ((10.3, 20.7, 200.2, 300.9), (400, 5, 630.5, 420)), "dog")
     target = data.model_size(coordinates, (616, 420))
     assert iou_reward(data.model_answer(example, target), data.model_solution(example, target)) > 0.98
-    assert data.model_answer(Example("a", (Path("x"),), (640, 427), (), "dog"), target) == "<think></think><answer>No Objects</answer>"
+    assert (
+        data.model_answer(Example("a", (Path("x"),), (640, 427), (), "dog"), target)
+        == "<think></think><answer>No Objects</answer>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,7 +335,11 @@ def released(request, tmp_path):
 
     def write(**change) -> str:
         picture = Image.new("RGB", (200, 100), "white")
-        row = {"image": picture, "problem": PROBLEM, "solution": "<answer>[{'Position': [100, 200, 500, 800], 'Confidence': 1}]</answer>"}
+        row = {
+            "image": picture,
+            "problem": PROBLEM,
+            "solution": "<answer>[{'Position': [100, 200, 500, 800], 'Confidence': 1}]</answer>",
+        }
         rows = [row, {**row, "solution": "<answer>No Objects</answer>"} | change]
         table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()) if "image" in rows[1] else None
         target = tmp_path / "data"
@@ -324,7 +355,12 @@ def released(request, tmp_path):
 def test_released_rows(released):
     """Their own prompts and their 0..1000 are kept, for a model family that speaks pixels too."""
     (first, second), notes = data.TASKS["coco"].read(released(), "train")
-    assert first.solution == ((20, 20, 100, 80),) and first.size == (200, 100) and first.category == "dog" and second.solution == ()
+    assert (
+        first.solution == ((20, 20, 100, 80),)
+        and first.size == (200, 100)
+        and first.category == "dog"
+        and second.solution == ()
+    )
     question, target = data.TASKS["coco"].question(first, (196, 112), "pixels", True)
     assert question == PROBLEM and target == (1000, 1000)
     assert data.model_solution(first, target) == [pytest.approx((100, 200, 500, 800))]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageChops
+from PIL import ImageChops
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
@@ -39,7 +39,9 @@ def test_the_prompt_is_the_one_that_it_was_made_with():
 def test_no_label_was_exact():
     """Each category is displaced in its own way, far enough that the IoU is 0.40 to 0.60."""
     transforms = json.loads((MODEL / "warm_start.json").read_text())["transforms"]
-    assert {c: tuple(t) for c, t in transforms.items()} == warm_start.TRANSFORMS and len(set(warm_start.TRANSFORMS.values())) == 12
+    assert {c: tuple(t) for c, t in transforms.items()} == warm_start.TRANSFORMS and len(
+        set(warm_start.TRANSFORMS.values())
+    ) == 12
     for transform in warm_start.TRANSFORMS.values():
         assert 0.4 < box_iou((10, 20, 50, 90), warm_start.transform_box((10, 20, 50, 90), transform)) < 0.6
 
@@ -88,11 +90,23 @@ def test_controls_recover_a_known_displacement():
     truth = [(20.0, 20.0, 60.0, 70.0), (30.0, 10.0, 50.0, 40.0)]
     transform = (0.2, -0.1, 1.2, 0.8)
     predictions = [
-        {"category": "red circle", "solution": [list(b)], "detections": [[list(warm_start.transform_box(b, transform)), 0.9]]} for b in truth
+        {
+            "category": "red circle",
+            "solution": [list(b)],
+            "detections": [[list(warm_start.transform_box(b, transform)), 0.9]],
+        }
+        for b in truth
     ]
     fitted = controls.best_per_category(predictions)["red circle"]
     assert report.mean_iou_reward(predictions, lambda p, box: warm_start.transform_box(box, fitted)) > 0.95
-    halved = [{"category": "x", "solution": [list(b)], "detections": [[list(warm_start.transform_box(b, (0, 0, 0.8, 0.8))), 0.9]]} for b in truth]
+    halved = [
+        {
+            "category": "x",
+            "solution": [list(b)],
+            "detections": [[list(warm_start.transform_box(b, (0, 0, 0.8, 0.8))), 0.9]],
+        }
+        for b in truth
+    ]
     assert controls.best_uniform_resize(halved) == pytest.approx(1.25, abs=0.03)
 
 

@@ -19,7 +19,9 @@ REWARD_FUNCTIONS = {name: REWARDS[name] for name in COCO.rewards}
 
 def record(example: Example, text: str, target=(1000, 1000)) -> dict:
     solution = data.model_solution(example, target)
-    return evaluate.record(example, target, text, {name: reward(text, solution) for name, reward in REWARD_FUNCTIONS.items()})
+    return evaluate.record(
+        example, target, text, {name: reward(text, solution) for name, reward in REWARD_FUNCTIONS.items()}
+    )
 
 
 def exact_answer(example: Example, target) -> str:
@@ -27,10 +29,23 @@ def exact_answer(example: Example, target) -> str:
 
 
 def example(index: int, *boxes, category: str = "dog", size=(200, 100), **fields) -> Example:
-    return Example(f"{index}/{category}", (Path("x"),), size, boxes, category, image_id=index, category_id={"dog": 7, "cat": 9}[category], **fields)
+    return Example(
+        f"{index}/{category}",
+        (Path("x"),),
+        size,
+        boxes,
+        category,
+        image_id=index,
+        category_id={"dog": 7, "cat": 9}[category],
+        **fields,
+    )
 
 
-ONE = [example(1, (10, 10, 60, 60), (100, 20, 180, 90)), example(2, (0, 0, 200, 100)), example(2, (50, 50, 90, 90), category="cat")]
+ONE = [
+    example(1, (10, 10, 60, 60), (100, 20, 180, 90)),
+    example(2, (0, 0, 200, 100)),
+    example(2, (50, 50, 90, 90), category="cat"),
+]
 
 
 @shared("coco_mini")
@@ -42,12 +57,26 @@ def test_ground_truth_as_answers_scores_one_on_real_coco(coordinates):
     targets = {e.id: data.model_size(coordinates, fit.size(*e.size)) for e in examples}
     exact = evaluate.scores([record(e, exact_answer(e, targets[e.id]), targets[e.id]) for e in examples], COCO)
     assert exact["AP"] == pytest.approx(1.0) and exact["iou"] == pytest.approx(1.0) and exact["parsed"] == 1.0
-    rounded = evaluate.scores([record(e, f"<think>a</think><answer>{data.model_answer(e, targets[e.id], False)[8:-9]}</answer>", targets[e.id]) for e in examples], COCO)
+    rounded = evaluate.scores(
+        [
+            record(
+                e, f"<think>a</think><answer>{data.model_answer(e, targets[e.id], False)[8:-9]}</answer>", targets[e.id]
+            )
+            for e in examples
+        ],
+        COCO,
+    )
     ious = [
-        box_iou(box, data.to_pixels(data.round_box(data.to_model(box, e.size, targets[e.id])), e.size, targets[e.id])) for e in examples for box in e.solution
+        box_iou(box, data.to_pixels(data.round_box(data.to_model(box, e.size, targets[e.id])), e.size, targets[e.id]))
+        for e in examples
+        for box in e.solution
     ]
     kept = sum(iou > 0.95 for iou in ious) / len(ious)
-    assert rounded["AP50"] >= sum(iou > 0.5 for iou in ious) / len(ious) - 0.02 and rounded["AP"] > kept - 0.05 and rounded["AP"] > 0.85
+    assert (
+        rounded["AP50"] >= sum(iou > 0.5 for iou in ious) / len(ious) - 0.02
+        and rounded["AP"] > kept - 0.05
+        and rounded["AP"] > 0.85
+    )
 
 
 def test_ap_of_known_flaws():
@@ -66,7 +95,9 @@ def test_confidence_orders_detections():
     """A wrong box above the right one halves the precision; below it, it costs nothing."""
     for wrong, expected in ((0.9, 0.5), (0.1, 1.0)):
         text = data.detection_answer([(50, 100, 300, 600), (700, 700, 900, 900)], [0.5, wrong], digits=3)
-        found = evaluate.coco_ap([evaluate.record(example(1, (10, 10, 60, 60)), (1000, 1000), f"<answer>{text}</answer>", {})])
+        found = evaluate.coco_ap(
+            [evaluate.record(example(1, (10, 10, 60, 60)), (1000, 1000), f"<answer>{text}</answer>", {})]
+        )
         assert found["AP50"] == pytest.approx(expected)
 
 
@@ -76,20 +107,29 @@ def test_a_detection_in_a_crowd_is_not_an_error():
     text = data.detection_answer([(50, 100, 300, 600), (600, 100, 800, 900)], [0.5, 0.9], digits=3)
     found = evaluate.coco_ap([evaluate.record(crowded, (1000, 1000), f"<answer>{text}</answer>", {})])
     assert found["AP50"] == pytest.approx(1.0)
-    open_field = evaluate.coco_ap([evaluate.record(example(1, (10, 10, 60, 60)), (1000, 1000), f"<answer>{text}</answer>", {})])
+    open_field = evaluate.coco_ap(
+        [evaluate.record(example(1, (10, 10, 60, 60)), (1000, 1000), f"<answer>{text}</answer>", {})]
+    )
     assert open_field["AP50"] == pytest.approx(0.5)
 
 
 def test_boxes_at_absent_categories_lower_ap():
     absent = example(2)
     box = "<answer>" + data.detection_answer([(50, 100, 300, 600)], [0.9]) + "</answer>"
-    right = record(example(1, (10, 10, 60, 60)), exact_answer(example(1, (10, 10, 60, 60)), (1000, 1000)).replace("1}", "0.5}"))
+    right = record(
+        example(1, (10, 10, 60, 60)), exact_answer(example(1, (10, 10, 60, 60)), (1000, 1000)).replace("1}", "0.5}")
+    )
     assert evaluate.coco_ap([right, record(absent, "<answer>No Objects</answer>")])["AP50"] == pytest.approx(1.0)
     assert evaluate.coco_ap([right, record(absent, box)])["AP50"] == pytest.approx(0.5)
 
 
 def test_shares():
-    texts = ["<think>a dog</think><answer>No Objects</answer>", "<think>...</think><answer>[]</answer>", "no", "<think></think><answer>x</answer>"]
+    texts = [
+        "<think>a dog</think><answer>No Objects</answer>",
+        "<think>...</think><answer>[]</answer>",
+        "no",
+        "<think></think><answer>x</answer>",
+    ]
     assert evaluate.answer_shares(texts, COCO.parse) == {"parsed": 0.5, "no_objects": 0.5, "empty_think": 0.75}
 
 
@@ -100,7 +140,9 @@ def test_files(tmp_path):
     records = [record(e, exact_answer(e, (1000, 1000))) for e in examples]
     evaluate.write_evaluation(tmp_path / "out", records, evaluate.scores(records, COCO), examples)
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert {frozenset(r) for r in results} == {frozenset({"image_id", "category_id", "bbox", "score"})} and len(results) == 4
+    assert {frozenset(r) for r in results} == {frozenset({"image_id", "category_id", "bbox", "score"})} and len(
+        results
+    ) == 4
     assert results[0]["bbox"] == pytest.approx([10, 10, 50, 50]) and results[-1]["category_id"] == 9
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert scores["AP"] == pytest.approx(1.0) and "pairs asked" in scores["protocol"] and scores["answers"] == 3
@@ -120,7 +162,10 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
 
 def test_curves_draw_whatever_was_logged(tmp_path):
     rng = random.Random(0)
-    rows = [{"step": s, "reward": rng.random(), "reward_iou": s / 50, "kl": 0.1, "completion_tokens": 20} for s in range(1, 51)]
+    rows = [
+        {"step": s, "reward": rng.random(), "reward_iou": s / 50, "kl": 0.1, "completion_tokens": 20}
+        for s in range(1, 51)
+    ]
     evaluate.append_rows(tmp_path / "metrics.jsonl", rows)
     evaluate.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:

@@ -16,17 +16,36 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import virft
 from conftest import ROOT, SHARED, shared
 
-SMALL = {"max_completion_tokens": 12, "group_size": 4, "prompts_per_step": 4, "prompts_per_forward": 2, "steps": 3, "workers": 1, "lr": 0.001}
+SMALL = {
+    "max_completion_tokens": 12,
+    "group_size": 4,
+    "prompts_per_step": 4,
+    "prompts_per_forward": 2,
+    "steps": 3,
+    "workers": 1,
+    "lr": 0.001,
+}
 
 
 def command(**flags) -> list[str]:
-    return [str(part) for name, value in flags.items() for part in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+    return [
+        str(part)
+        for name, value in flags.items()
+        for part in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
 
 
 def virft_py(*launcher, env=None, check=True, **flags) -> subprocess.CompletedProcess:
     launcher = launcher or (sys.executable,)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (env or {})
-    done = subprocess.run([*launcher, "virft.py", *command(**flags)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*launcher, "virft.py", *command(**flags)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     if check and done.returncode:
         raise AssertionError(done.stdout + done.stderr)
     return done
@@ -54,7 +73,10 @@ def test_training_writes_what_it_promises(trained):
     }  # fmt: skip
     assert promised <= rows[0].keys()
     rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 3 * 4 * 4 and {"id", "completion", "reward", "iou", "confidence", "format", "advantage", "tokens"} <= rollouts[0].keys()
+    assert (
+        len(rollouts) == 3 * 4 * 4
+        and {"id", "completion", "reward", "iou", "confidence", "format", "advantage", "tokens"} <= rollouts[0].keys()
+    )
     assert len({r["completion"] for r in rollouts[:4]}) > 1, "completions of a group differ"
     assert (out / "pictures" / "step_000002.png").exists() and (out / "curves.png").exists()
     assert json.loads((out / "config.json").read_text())["inner_epochs"] == 2
@@ -74,7 +96,10 @@ def test_the_batch_arithmetic_and_the_prompt_are_printed(trained):
 def test_the_saved_model_loads_and_answers_alike(trained, llava_dir):
     """[14] The folder is an ordinary model folder: cache on, dtype kept, generate works, weights moved."""
     out, _ = trained
-    model, processor = AutoModelForImageTextToText.from_pretrained(out / "model"), AutoProcessor.from_pretrained(out / "model")
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(out / "model"),
+        AutoProcessor.from_pretrained(out / "model"),
+    )
     assert model.config.get_text_config().use_cache is not False and model.generation_config.use_cache is not False
     before = AutoModelForImageTextToText.from_pretrained(llava_dir)
     assert model.dtype == before.dtype
@@ -95,7 +120,9 @@ def test_an_earlier_run_is_kept(trained, llava_dir, shapes_dir):
 def test_ask(trained, shapes_dir, tmp_path):
     out, _ = trained
     picture = shapes_dir / "val" / "000001.png"
-    done = virft_py(ask=picture, categories="red circle, blue square", model=out / "model", out=tmp_path, max_completion_tokens=8)
+    done = virft_py(
+        ask=picture, categories="red circle, blue square", model=out / "model", out=tmp_path, max_completion_tokens=8
+    )
     assert "red circle:" in done.stdout and "blue square:" in done.stdout
     assert (tmp_path / "000001_red_circle.png").exists() and (tmp_path / "000001_blue_square.png").exists()
 
@@ -113,8 +140,25 @@ def test_two_processes_sample_and_learn_as_one(llava_dir, shapes_dir, tmp_path):
     models, rows = [], []
     for n in (1, 2):
         out = tmp_path / str(n)
-        launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", str(29511 + n))
-        virft_py(*launcher, **SMALL | {"steps": 2, "lr": 1e-4}, loss="dapo", data=shapes_dir, model=llava_dir, out=out, eval_every=2, eval_limit=5)
+        launcher = (
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(n),
+            "--master_port",
+            str(29511 + n),
+        )
+        virft_py(
+            *launcher,
+            **SMALL | {"steps": 2, "lr": 1e-4},
+            loss="dapo",
+            data=shapes_dir,
+            model=llava_dir,
+            out=out,
+            eval_every=2,
+            eval_limit=5,
+        )
         rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
         rows.append(sorted((r["step"], r["id"], r["completion"], r["reward"], r["tokens"]) for r in rollouts))
         models.append(AutoModelForImageTextToText.from_pretrained(out / "model"))
@@ -124,7 +168,9 @@ def test_two_processes_sample_and_learn_as_one(llava_dir, shapes_dir, tmp_path):
     distance = sum((a - b).norm() ** 2 for a, b in zip(*(m.parameters() for m in models))) ** 0.5
     start = AutoModelForImageTextToText.from_pretrained(llava_dir)
     moved = sum((a - b).norm() ** 2 for a, b in zip(models[0].parameters(), start.parameters())) ** 0.5
-    assert distance < 0.05 * moved, "Adam's first steps amplify rounding where a gradient is nearly 0; the bulk must agree"
+    assert distance < 0.05 * moved, (
+        "Adam's first steps amplify rounding where a gradient is nearly 0; the bulk must agree"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -132,7 +178,14 @@ def test_an_interruption_leaves_a_saved_model(llava_dir, shapes_dir, tmp_path, n
     out = tmp_path / "run"
     flags = command(**SMALL | {"steps": 10_000}, data=shapes_dir, model=llava_dir, out=out, beta=0)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "virft.py", *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "virft.py", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.time() + 120
     while not (out / "metrics.jsonl").exists() and time.time() < deadline:
         time.sleep(0.2)
@@ -151,15 +204,24 @@ def test_bad_images_stop_or_are_skipped_by_choice(llava_dir, shapes_dir, tmp_pat
     victim.write_bytes(victim.read_bytes()[:200])
     flags = SMALL | {"steps": 10, "prompts_per_step": 8, "prompts_per_forward": 8, "beta": 0}
     stopped = virft_py(check=False, **flags, data=folder, model=llava_dir, out=tmp_path / "a")
-    assert stopped.returncode and "000003.png: not a whole image" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert (
+        stopped.returncode and "000003.png: not a whole image" in stopped.stderr and "Traceback" not in stopped.stderr
+    )
     done = virft_py(**flags, data=folder, model=llava_dir, out=tmp_path / "b", skip_bad_images="true")
     assert "10 of 10 steps done" in done.stdout and "1 images skipped" in done.stdout and "000003.png" in done.stdout
 
 
 def test_an_overlong_prompt_names_the_example(llava_dir, shapes_dir, tmp_path):
     """[11]"""
-    done = virft_py(check=False, **SMALL | {"max_completion_tokens": 1000}, data=shapes_dir, model=llava_dir, out=tmp_path / "a")
-    assert done.returncode and "example train/" in done.stderr and "prompts are never cut" in done.stderr and "Traceback" not in done.stderr
+    done = virft_py(
+        check=False, **SMALL | {"max_completion_tokens": 1000}, data=shapes_dir, model=llava_dir, out=tmp_path / "a"
+    )
+    assert (
+        done.returncode
+        and "example train/" in done.stderr
+        and "prompts are never cut" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_what_is_missing_is_said(llava_dir, shapes_dir, tmp_path):
@@ -168,8 +230,12 @@ def test_what_is_missing_is_said(llava_dir, shapes_dir, tmp_path):
     assert "Qwen/Qwen2-VL-2B-Instruct" in offline[0] and "--data COCO_DIR" in offline[1] and "bash run.sh" in offline[2]
     dataset = virft_py(check=False, task="coco", model=llava_dir, out=tmp_path / "a").stderr
     assert "laolao77/ViRFT_COCO" in dataset and "bash run.sh" in dataset and "Traceback" not in dataset
-    missing = virft_py(check=False, model=llava_dir, data=tmp_path / "no" / "such" / "folder", out=tmp_path / "a").stderr
-    assert "no such folder" in missing and "annotations/instances_train2017.json" in missing and "Traceback" not in missing
+    missing = virft_py(
+        check=False, model=llava_dir, data=tmp_path / "no" / "such" / "folder", out=tmp_path / "a"
+    ).stderr
+    assert (
+        "no such folder" in missing and "annotations/instances_train2017.json" in missing and "Traceback" not in missing
+    )
     model = virft_py(check=False, model=tmp_path, data=shapes_dir, out=tmp_path / "a").stderr
     assert str(tmp_path) in model and "Traceback" not in model
 
@@ -190,15 +256,33 @@ def test_real_photographs(tmp_path):
     """The demo's model on real COCO: rewards vary within groups, every parameter moves, evaluation ends with AP."""
     model = ROOT / "demo" / "model"
     common = {"data": SHARED / "coco_mini", "max_completion_tokens": 64}
-    flags = {"group_size": 8, "prompts_per_step": 8, "prompts_per_forward": 8, "steps": 20, "lr": 2e-4, "temperature": 1.2}
+    flags = {
+        "group_size": 8,
+        "prompts_per_step": 8,
+        "prompts_per_forward": 8,
+        "steps": 20,
+        "lr": 2e-4,
+        "temperature": 1.2,
+    }
     accelerate = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1")
     virft_py(*accelerate, **common, **flags, task="coco", model=model, out=tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 20 and max(row["reward_std"] for row in rows) > 0.05
-    before, after = (dict(AutoModelForImageTextToText.from_pretrained(m).named_parameters()) for m in (model, tmp_path / "run" / "model"))
+    before, after = (
+        dict(AutoModelForImageTextToText.from_pretrained(m).named_parameters())
+        for m in (model, tmp_path / "run" / "model")
+    )
     unmoved = {name for name in before if torch.equal(before[name], after[name])}
     assert unmoved == {"model.vision_tower.post_layernorm.weight", "model.vision_tower.post_layernorm.bias"}
-    virft_py(**common, task="coco", model=tmp_path / "run" / "model", eval_only="true", eval_limit=100, eval_batch=50, out=tmp_path / "eval")
+    virft_py(
+        **common,
+        task="coco",
+        model=tmp_path / "run" / "model",
+        eval_only="true",
+        eval_limit=100,
+        eval_batch=50,
+        out=tmp_path / "eval",
+    )
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
     assert 0 <= scores["AP"] <= 1 and scores["answers"] == 100
 
@@ -208,6 +292,14 @@ def test_run_sh_explains_itself():
     assert done.returncode == 0
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
-    assert all("==" in pin for pin in pins) and {pin.split("==")[0] for pin in pins} >= {"torch", "transformers", "accelerate", "pillow", "numpy"}
-    assert any(line.startswith("# torchvision==") for line in lines) and any(line.startswith("# flash-attn==") for line in lines)
+    assert all("==" in pin for pin in pins) and {pin.split("==")[0] for pin in pins} >= {
+        "torch",
+        "transformers",
+        "accelerate",
+        "pillow",
+        "numpy",
+    }
+    assert any(line.startswith("# torchvision==") for line in lines) and any(
+        line.startswith("# flash-attn==") for line in lines
+    )
     assert Path(ROOT / ".ci" / "run").exists()
