@@ -261,7 +261,8 @@ COCO_LAYOUT = """A COCO folder looks like this:
   DIR/annotations/instances_train2017.json    (or directly in DIR)
   DIR/annotations/instances_val2017.json      (only for evaluation)
   DIR/train2017/000000000009.jpg ...
-  DIR/val2017/000000000139.jpg ..."""
+  DIR/val2017/000000000139.jpg ...
+To see the whole thing run without data of your own: bash run.sh"""
 
 
 def read_coco(

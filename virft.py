@@ -886,7 +886,10 @@ def main(argv: list[str] | None = None) -> None:
             return ask(run)
         if run.accelerator.is_main_process:
             prepare_out(cfg)
-        run.say(describe(run))
+        setup = describe(run)
+        run.say(setup)
+        if run.accelerator.is_main_process:
+            (Path(cfg.out) / "setup.txt").write_text(setup + "\n")
         run.accelerator.wait_for_everyone()
         if cfg.eval_only:
             evaluate_model(run, run.prompts.examples, Path(cfg.out))
