@@ -7,7 +7,7 @@ program can check: the IoU of boxes, their confidence, a class name, the answer'
   2. o_i    sample G completions of each prompt from the policy pi_theta
   3. r_i    score each completion's text: r_i = sum of weighted rewards (rewards.py)
   4. A_i    compare within the group: A_i = (r_i - mean(r)) / (std(r) + 1e-4)
-  5. rho    = pi_theta(o_it) / pi_old(o_it), token by token
+  5. rho    = pi_theta(o_it) / pi_old(o_it), token by token; pi_old is the policy that sampled
   6. loss   = mean of -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + beta KL(pi_theta || pi_ref)
   7. step   along its gradient, and go on with new samples
 
@@ -24,8 +24,11 @@ What differs from the paper and its released code, and why:
     accelerate launch virft.py --task coco --data DIR --model NAME --eval_only true
     bash run.sh                                                          # offline demo, no GPU
 
-Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary.
-Rows of a [B * G, ...] tensor are grouped: prompt 0 completion 0, prompt 0 completion 1, ...
+A new reward goes into rewards.py (REWARDS), a new task into data.py (TASKS), a score into evaluate.py; a new setting
+into Config below, a new metric of training into `rollout_metrics`.
+
+Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary, and
+N = B * G rows, which are grouped: prompt 0 completion 0, prompt 0 completion 1, ...
 """
 
 import contextlib
@@ -46,7 +49,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -151,7 +154,7 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor], group_size: int) -> Pre
     flow from every completion through the cache into the one prompt, and on into the vision tower.
     """
     mask = inputs["attention_mask"]  # [B, P]
-    position = mask.sum(1, keepdim=True)  # [B, 1], how many tokens come before the completion
+    position = mask.sum(1, keepdim=True)  # [B, 1], tokens before the completion, padding not counted
     # Models with several rotary axes (Qwen-VL) derive positions from the image grids themselves, and note by how much
     # the next position differs from the length; the others are told, because left padding would shift theirs.
     several_axes = next((m for m in model.modules() if hasattr(m, "rope_deltas")), None)
@@ -181,7 +184,7 @@ def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> T
 
     No top-k, no top-p. `forbidden` ids are image placeholders: one in a completion would pass for an image.
     """
-    logits = logits.float() / temperature  # bf16 holds 8 bits: its log-probabilities would be wrong by percents
+    logits = logits.float() / temperature  # whatever precision they come in, the softmax adds no error of its own
     logits[..., forbidden] = -torch.inf
     return logits.log_softmax(-1)
 
@@ -203,9 +206,9 @@ def sample(
         if noise is None:
             token = logp.argmax(-1)
         else:
-            # Inverse of the cumulative distribution; in float64, because float32 sums over 150,000 tokens lose the rare.
+            # The inverse of the cumulative distribution, in float64: float32 sums over 150,000 tokens lose the rare.
             cdf = logp.double().exp().cumsum(-1)
-            token = torch.searchsorted(cdf, noise[:, t, None] * cdf[:, -1:], right=True).squeeze(1)
+            token = torch.searchsorted(cdf, noise[:, t, None] * cdf[:, -1:], right=True).squeeze(1)  # never on p = 0
         token = torch.where(ended, eos[0], token)
         columns.append(token)
         ended = ended | torch.isin(token, eos)
@@ -252,7 +255,7 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
 
 
 class CompletionLogps(nn.Module):
-    """The log-probabilities of completions as one forward of one module, which is what DDP and FSDP can wrap."""
+    """The log-probabilities of completions as one forward of one module, which is what DDP can wrap."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -298,18 +301,18 @@ def grpo_loss(
 
     logp, logp_old, logp_ref [N, C]: of pi_theta, of the policy that sampled, of the reference (None: no KL term);
     advantages [N]; weights [N, C], 0 on tokens that do not count. Returns the loss and, per token [N, C], the KL
-    and whether the clip stopped the gradient.
+    and whether the clip stopped the advantage's gradient.
     """
     counted = weights > 0
     # Masked before exp: a wild value on padding would become inf, and inf * 0 is NaN.
     rho = torch.where(counted, logp - logp_old, 0.0).exp()
     A = advantages[:, None]
     unclipped, clipped = rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A
-    # The minimum is the pessimist's choice for both signs of A: a change for the worse is never clipped away.
+    # The minimum stops a change for the better at the edge, never one for the worse: with A < 0 and rho = 1.5 it is
+    # 1.5 A, and the gradient pulls the token down; with A > 0 and rho = 1.5 it is the clipped constant.
     loss = -torch.minimum(unclipped, clipped)
-    kl = torch.zeros_like(logp)
-    if logp_ref is not None:
-        kl = kl_to_reference(torch.where(counted, logp, 0.0), torch.where(counted, logp_ref, 0.0))
+    reference = logp if logp_ref is None else logp_ref  # KL 0 without a reference
+    kl = kl_to_reference(torch.where(counted, logp, 0.0), torch.where(counted, reference, 0.0))
     return (weights * (loss + beta * kl)).sum(), kl.detach(), (clipped < unclipped).detach()
 
 
@@ -327,7 +330,7 @@ class Rollout(NamedTuple):
 
 
 def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
-    """Items 2 to 4 of the method; a group lives on one process, so comparing within it needs no communication."""
+    """Items 2 to 4 of the method; a group lives on one process, so comparing needs no communication."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.timer("sample"), torch.no_grad(), run.autocast():
         keys = [f"{cfg.seed}/{step}/{p.slot}/{p.example.id}" for p in prompts]
@@ -354,7 +357,8 @@ def update(run: "Run", ro: Rollout, metrics: "Averages") -> None:
     for start in range(0, len(ro.prompts), cfg.prompts_per_forward):
         rows = slice(start * G, (start + cfg.prompts_per_forward) * G)
         C = int(ro.mask[rows].sum(1).max())  # a micro-batch is as long as its own longest completion
-        batches.append((run.collate(ro.prompts[start : start + cfg.prompts_per_forward]), (rows, slice(C))))
+        at = (rows, slice(C))  # this micro-batch within the rollout's [N, C] tensors
+        batches.append((run.collate(ro.prompts[start : start + cfg.prompts_per_forward]), at))
     logps_ref: list[Tensor | None] = [None] * len(batches)
     if run.reference is not None:
         with run.timer("reference"), torch.no_grad(), run.autocast():
@@ -366,8 +370,8 @@ def update(run: "Run", ro: Rollout, metrics: "Averages") -> None:
                 with run.autocast():
                     logp, entropy = run.policy(inputs, ro.ids[at], G, **run.distribution)
                 if epoch == 0:
-                    # The policy has not moved since it sampled: its own value is pi_old's, without a second forward.
-                    # So rho = 1 and the loss is about 0, as a group's advantages add up to 0; the gradient is not.
+                    # The policy has not moved since it sampled, so its own value is pi_old's: rho = 1. The "grpo" loss
+                    # is then about 0, as advantages add up to 0; its gradient, mean of -A grad log pi_theta, is not.
                     logps_old.append(logp.detach())
                 loss, kl, clipped = grpo_loss(
                     logp, logps_old[i], logps_ref[i], ro.advantages[at[0]], weights[at], **terms
@@ -376,7 +380,7 @@ def update(run: "Run", ro: Rollout, metrics: "Averages") -> None:
                 run.accelerator.backward(loss)
             metrics.add("loss", loss.detach(), 1 / len(batches))
             for name, value in (("kl", kl), ("clip_fraction", clipped), ("entropy", entropy)):
-                metrics.add(name, value[ro.mask[at]].sum(), ro.mask[at].sum())
+                metrics.add(name, value[counted[at]].sum(), counted[at].sum())
         run.optimizer_step(metrics)
 
 
@@ -405,12 +409,13 @@ class Run:
     processor: Any
     prompts: Prompts  # the training examples; with --eval_only those to evaluate, with --ask the questions
     model: nn.Module  # the policy itself: samples, and is saved
-    policy: nn.Module  # CompletionLogps of it, wrapped by the engine: trains
-    reference: nn.Module | None
+    policy: nn.Module  # CompletionLogps of it, in DDP where there are several processes: trains
+    reference: nn.Module | None  # CompletionLogps of the initial model, frozen; None with beta 0
     optimizer: torch.optim.Optimizer | None
     rewards: dict[str, tuple[Any, float]]
     eos: Tensor
     distribution: dict[str, Any]  # temperature and forbidden ids, for sampler and scorer alike
+    save_dtype: torch.dtype  # of the weights as they came
     seconds: dict[str, float]
 
     @property
@@ -440,14 +445,15 @@ class Run:
 
     def optimizer_step(self, metrics: Averages) -> None:
         """Clip and step. A gradient that is not finite updates nothing, on any process, and is counted."""
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        norm = float(self.accelerator.clip_grad_norm_(trained, self.cfg.max_grad_norm))
-        finite = math.isfinite(norm)  # of gradients that were exchanged: every process sees the same norm
-        if finite:
-            self.optimizer.step()
+        with self.timer("train"):
+            trained = [p for p in self.policy.parameters() if p.requires_grad]
+            norm = float(self.accelerator.clip_grad_norm_(trained, self.cfg.max_grad_norm))
+            finite = math.isfinite(norm)  # of gradients that were exchanged: every process sees the same norm
+            if finite:
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         metrics.add("grad_norm", norm if finite else 0.0, finite)
         metrics.add("skipped_updates", not finite)
-        self.optimizer.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager
     def timer(self, phase: str):
@@ -474,7 +480,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
     parser = HfArgumentParser(Config, description="ViRFT: GRPO for vision-language models with verifiable rewards")
     (cfg,) = parser.parse_args_into_dataclasses(argv)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world, out = int(os.environ.get("WORLD_SIZE", 1)), Path(cfg.out).resolve()
+    used = [Path(name).resolve() for name in (cfg.model, cfg.data, cfg.eval_data) if name]
     for flag, good, right in (
         ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),
         ("group_size", cfg.group_size >= 2, "at least 2: advantages compare completions of the same prompt"),
@@ -485,6 +492,16 @@ def parse_config(argv: list[str] | None = None) -> Config:
         ("prompts_per_step", cfg.prompts_per_step % world == 0, f"a multiple of the {world} processes"),
         ("beta", cfg.beta >= 0, "0 or more"),
         ("eps_low", 0 <= cfg.eps_low < 1, "at least 0 and below 1"),
+        ("eps_high", cfg.eps_high >= 0, "0 or more"),
+        ("lr", cfg.lr > 0, "above 0"),
+        ("iou_threshold", 0 <= cfg.iou_threshold < 1, "at least 0 and below 1"),
+        ("shots", cfg.shots is None or cfg.shots >= 1, "at least 1"),
+        (
+            "out",
+            cfg.ask or cfg.overwrite or not (out / "config.json").exists(),
+            "new: an earlier run is there; --overwrite true replaces it",
+        ),
+        ("out", cfg.ask or not any(out == path or out in path.parents for path in used), "outside --model and --data"),
         ("ask", cfg.ask is None or cfg.categories is not None, "together with --categories, what to look for"),
     ):
         if not good:
@@ -589,7 +606,9 @@ def freeze_unreachable(run: Run) -> list[str]:
     is walked; nothing is computed backward.
     """
     first = run.collate([run.prompts.encode(run.prompts.examples[0])])
-    nodes, seen, reached = [run.policy(first, run.eos[:1].repeat(1, 2), 1, **run.distribution)[0].grad_fn], set(), set()
+    with run.autocast():
+        logp, _ = run.policy(first, run.eos[:1].repeat(1, 2), 1, **run.distribution)
+    nodes, seen, reached = [logp.grad_fn], set(), set()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
@@ -611,6 +630,11 @@ def start(cfg: Config) -> Run:
         raise SystemExit(
             f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: each would train alone"
         )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise SystemExit(
+            f"{accelerator.distributed_type.value} is not supported: launch without it, several GPUs use DDP"
+        )
+    rewards = rewards_of(cfg)  # before anything large is loaded
     gradients, task = not (cfg.eval_only or cfg.ask), data.TASKS[cfg.task]
     processor, fit, coordinates = load_processor(cfg)
     if cfg.ask:
@@ -618,6 +642,7 @@ def start(cfg: Config) -> Run:
     else:
         examples = load_examples(cfg, "train" if gradients else "val")
     frozen_dtype = torch.bfloat16 if on_gpu else torch.float32
+    save_dtype = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).dtype or torch.float32
     model = load_model(cfg, torch.float32 if gradients else frozen_dtype, accelerator.device)
     eos, forbidden = (
         torch.tensor(ids, dtype=torch.long, device=accelerator.device) for ids in special_tokens(model, processor)
@@ -629,7 +654,8 @@ def start(cfg: Config) -> Run:
     )
     run = Run(
         cfg, accelerator, processor, prompts, model=model, policy=CompletionLogps(model), reference=None, optimizer=None,
-        rewards=rewards_of(cfg), eos=eos, distribution={"temperature": cfg.temperature, "forbidden": forbidden}, seconds={},
+        rewards=rewards, eos=eos, distribution={"temperature": cfg.temperature, "forbidden": forbidden},
+        save_dtype=save_dtype, seconds={},
     )  # fmt: skip
     if gradients:
         if frozen := freeze_unreachable(run):
@@ -735,11 +761,12 @@ def train(run: Run) -> None:
     """The loop: `rollout`, `update`, write down; evaluate now and then; save at the end or when interrupted."""
     cfg, accelerator, out = run.cfg, run.accelerator, Path(run.cfg.out)
     # Not prepared by accelerate, which would step it once per process.
-    decay = torch.optim.lr_scheduler.LambdaLR(
+    schedule = torch.optim.lr_scheduler.LambdaLR(
         run.optimizer, lambda step: min(1.0, (step + 1) / (cfg.warmup_steps + 1)) * (1.0 - step / cfg.steps)
     )
     if cfg.report_to:
         accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
+    held_out = load_examples(cfg, "val") if cfg.eval_every else []
     stop = StopAtSignal()
     bar = tqdm(prompt_stream(run), total=cfg.steps, disable=not accelerator.is_main_process, dynamic_ncols=True)
     skipped: set[str] = set()
@@ -751,9 +778,9 @@ def train(run: Run) -> None:
         update(run, ro, metrics)
         rollout_metrics(run, ro, metrics)
         metrics.add("stop", stop.requested)
-        row = {"step": step, "lr": decay.get_last_lr()[0], **metrics.reduce(accelerator)}
+        row = {"step": step, "lr": schedule.get_last_lr()[0], **metrics.reduce(accelerator)}
         interrupted = row.pop("stop") > 0  # agreed on by all processes
-        decay.step()
+        schedule.step()
         records = gather_object(rollout_records(ro, step))
         if accelerator.is_main_process:
             evaluate.append_rows(out / "rollouts.jsonl", records)
@@ -768,7 +795,7 @@ def train(run: Run) -> None:
                 evaluate.draw_answer(prompts[0], ro.texts[0], out / "pictures" / f"step_{step:06d}.png")
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         if cfg.eval_every and step % cfg.eval_every == 0:
-            scores = evaluate_model(run, load_examples(cfg, "val"), out / f"eval_{step:06d}")
+            scores = evaluate_model(run, held_out, out / f"eval_{step:06d}")
             accelerator.log({f"eval_{name}": value for name, value in scores.items()}, step=step)
         if interrupted:
             break
@@ -790,11 +817,12 @@ class StopAtSignal:
 
     def __init__(self):
         self.requested = False
+        self.process = os.getpid()  # workers of the loader inherit the handler, and leave the signal to us
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request)
 
     def request(self, number: int, frame) -> None:
-        if not self.requested:
+        if not self.requested and os.getpid() == self.process:
             print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr, flush=True)
         self.requested = True
 
@@ -805,9 +833,9 @@ def save_model(run: Run, folder: Path) -> None:
         new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
         for rest in (new, old):
             shutil.rmtree(rest, ignore_errors=True)
-        dtype = AutoConfig.from_pretrained(run.cfg.model, revision=run.cfg.revision).dtype or torch.float32
+        dtype, training_dtype = run.save_dtype, run.model.config.dtype
         state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in run.model.state_dict().items()}
-        training_dtype, run.model.config.dtype = run.model.config.dtype, dtype
+        run.model.config.dtype = dtype
         run.model.save_pretrained(new, state_dict=state)
         run.model.config.dtype = training_dtype
         run.processor.save_pretrained(new)
@@ -866,13 +894,9 @@ def ask(run: Run) -> None:
 
 
 def prepare_out(cfg: Config) -> None:
-    """Make the run folder; what an earlier run left there is kept unless --overwrite."""
+    """Make the run folder, once everything has loaded; parse_config let an earlier run through only with --overwrite."""
     out = Path(cfg.out)
     if (out / "config.json").exists():
-        if not cfg.overwrite:
-            raise SystemExit(
-                f"--out {out} holds an earlier run; name another folder, or pass --overwrite true to replace it"
-            )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
@@ -883,12 +907,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run = start(cfg)
         if cfg.ask:
-            return ask(run)
-        if run.accelerator.is_main_process:
-            prepare_out(cfg)
+            return ask(run) if run.accelerator.is_main_process else None
         setup = describe(run)
         run.say(setup)
         if run.accelerator.is_main_process:
+            prepare_out(cfg)
             (Path(cfg.out) / "setup.txt").write_text(setup + "\n")
         run.accelerator.wait_for_everyone()
         if cfg.eval_only:
