@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Example, Prompt, Task, open_image, to_pixels
+from data import DataError, Example, Prompt, Task, open_image, to_pixels
 from rewards import parse_detections
 
 PROTOCOL = "greedy answers; COCO AP in original pixels over the (image, category) pairs asked, others not searched"
@@ -57,6 +57,8 @@ def answer_shares(texts: Sequence[str], parse: Callable) -> dict[str, float]:
 
 def scores(records: Sequence[dict], task: Task) -> dict[str, float]:
     """The mean of every reward, the shares of answer_shares, and for detection AP, AP50 and AP75."""
+    if not records:
+        raise DataError("no image could be opened: there is nothing to evaluate")
     result = {name: float(np.mean([r["rewards"][name] for r in records])) for name in records[0]["rewards"]}
     result |= answer_shares([r["completion"] for r in records], task.parse)
     if task.metric == "detection":
@@ -142,11 +144,12 @@ def write_evaluation(
     append_rows(out / "predictions.jsonl", records)
     (out / "detections.json").write_text(json.dumps(coco_results(records)) + "\n")
     for index in np.linspace(0, len(records) - 1, min(pictures, len(records)), dtype=int):
-        draw_boxes(open_image(examples[index].images[0]), records[index], out / "pictures" / f"{index:06d}.png")
+        row = records[index]["row"]
+        draw_boxes(open_image(examples[row].images[0]), records[index], out / "pictures" / f"{row:06d}.png")
 
 
 def draw_boxes(image: Image.Image, answer: dict, path: Path, least_side: int = 448) -> None:
-    """Save the picture with true boxes (white on black) and answered boxes (magenta, with confidence) on it."""
+    """Save the picture with true boxes (black) and answered boxes (magenta, with confidence) on it."""
     scale = max(1, round(least_side / min(image.size)))
     canvas = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
@@ -155,7 +158,8 @@ def draw_boxes(image: Image.Image, answer: dict, path: Path, least_side: int = 4
         draw.rectangle(corners, outline="black", width=5)
         draw.rectangle(corners, outline="white", width=2)
     for box, confidence in answer["detections"] or []:
-        x1, y1, x2, y2 = (value * scale for value in box)
+        # An answer may name any number; what lies far outside is drawn at the edge.
+        x1, y1, x2, y2 = (min(max(value, 0.0), limit) * scale for value, limit in zip(box, image.size * 2))
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline="magenta", width=3)
         draw.text((x1 + 5, y1 + 3), f"{confidence:.2f}", "magenta", font, stroke_width=1, stroke_fill="white")
     said = "" if answer["detections"] else " - No Objects" if answer["detections"] == [] else " - not parsed"

@@ -36,13 +36,13 @@ pinned() { sed -n "s/^# \($1==.*\)/\1/p" requirements.txt; }
 
 launch() {
     if nvidia-smi -L >/dev/null 2>&1; then accelerate launch "$@"; else
-        # The launcher would set one thread per process, and list defaults that it was not told.
+        # Told its defaults, or the launcher lists them at every start.
         accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu "$@"
     fi
 }
 
 demo() {
-    local out=runs/demo common=(virft.py --task coco --negatives 0.1 --max_completion_tokens 48 --overwrite true)
+    local out=runs/demo common=(--num_processes 1 virft.py --task coco --negatives 0.1 --max_completion_tokens 48 --overwrite true)
     python demo/shapes.py --out "$out/data"
     echo "1/3  before: the tiny model of demo/model answers held-out pictures"
     launch "${common[@]}" --data "$out/data" --model demo/model --eval_only true --eval_batch 64 --out "$out/before"

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -115,7 +115,7 @@ class Config:
     # Optimization
     steps: int = option(200, "training steps (sample, score, update)")
     prompts_per_step: int = option(16, "prompts of one step over all processes and micro-batches")
-    prompts_per_forward: int = option(1, "prompts of one forward and backward on one process: lower is less memory")
+    prompts_per_forward: int = option(1, "prompts of one training forward and backward on one process")
     lr: float = option(1e-6, "peak learning rate, decaying linearly to 0")
     warmup_steps: int = option(0, "steps of linear warm-up")
     beta2: float = option(0.999, "second-moment decay of AdamW (the first is 0.9)")
@@ -481,6 +481,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     parser = HfArgumentParser(Config, description="ViRFT: GRPO for vision-language models with verifiable rewards")
     (cfg,) = parser.parse_args_into_dataclasses(argv)
     world, out = int(os.environ.get("WORLD_SIZE", 1)), Path(cfg.out).resolve()
+    evaluates = cfg.eval_only or cfg.ask
     used = [Path(name).resolve() for name in (cfg.model, cfg.data, cfg.eval_data) if name]
     for flag, good, right in (
         ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),
@@ -489,7 +490,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
         ("temperature", cfg.temperature > 0, "above 0; evaluation is greedy anyway"),
         *((name, getattr(cfg, name) >= 1, "at least 1") for name in AT_LEAST_1),
-        ("prompts_per_step", cfg.prompts_per_step % world == 0, f"a multiple of the {world} processes"),
+        ("prompts_per_step", evaluates or cfg.prompts_per_step % world == 0, f"a multiple of the {world} processes"),
         ("beta", cfg.beta >= 0, "0 or more"),
         ("eps_low", 0 <= cfg.eps_low < 1, "at least 0 and below 1"),
         ("eps_high", cfg.eps_high >= 0, "0 or more"),
@@ -605,7 +606,7 @@ def freeze_unreachable(run: Run) -> list[str]:
     DDP waits for a gradient of every trainable parameter and would stop at the second step. The graph of one forward
     is walked; nothing is computed backward.
     """
-    first = run.collate([run.prompts.encode(run.prompts.examples[0])])
+    first = run.collate(data.whole([run.prompts[0, 0]]))
     with run.autocast():
         logp, _ = run.policy(first, run.eos[:1].repeat(1, 2), 1, **run.distribution)
     nodes, seen, reached = [logp.grad_fn], set(), set()
@@ -623,8 +624,11 @@ def freeze_unreachable(run: Run) -> list[str]:
 
 def start(cfg: Config) -> Run:
     """Load everything that training, evaluation or a question needs."""
-    on_gpu = torch.cuda.is_available()
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=cfg.report_to or None, project_dir=cfg.out)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of all gradients
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="no", log_with=cfg.report_to or None, project_dir=cfg.out,
+        kwargs_handlers=[ddp],
+    )  # fmt: skip
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SystemExit(
@@ -641,7 +645,7 @@ def start(cfg: Config) -> Run:
         examples = data.questions(Path(cfg.ask), cfg.categories)
     else:
         examples = load_examples(cfg, "train" if gradients else "val")
-    frozen_dtype = torch.bfloat16 if on_gpu else torch.float32
+    frozen_dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     save_dtype = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).dtype or torch.float32
     model = load_model(cfg, torch.float32 if gradients else frozen_dtype, accelerator.device)
     eos, forbidden = (
@@ -679,7 +683,7 @@ def describe(run: Run) -> str:
     """The resolved configuration, the batch arithmetic and the first prompt, as a person should check them."""
     cfg, n, examples = run.cfg, run.accelerator.num_processes, run.prompts.examples
     lines = [f"  {name} = {value!r}" for name, value in asdict(cfg).items()]
-    first = run.prompts.encode(examples[0])
+    (first,) = data.whole([run.prompts[0, 0]])
     ids = first.inputs["input_ids"][0]
     if run.optimizer is not None:
         each = cfg.prompts_per_step // n
@@ -758,7 +762,24 @@ def rollout_records(ro: Rollout, step: int) -> list[dict]:
 
 
 def train(run: Run) -> None:
-    """The loop: `rollout`, `update`, write down; evaluate now and then; save at the end or when interrupted."""
+    """`train_steps`, then save the model and draw the curves: also after Ctrl-C, and after an error that came later."""
+    cfg, out = run.cfg, Path(run.cfg.out)
+    try:
+        step = train_steps(run)
+    except Exception:
+        if run.accelerator.is_main_process and (out / "metrics.jsonl").exists():
+            save_model(run, out / "model")
+            print(f"an error ended training; the model as it was is in {out / 'model'}", file=sys.stderr)
+        raise
+    save_model(run, out / "model")
+    if run.accelerator.is_main_process:
+        evaluate.plot_curves(out / "metrics.jsonl", out / "curves.png")
+    run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}")
+    run.accelerator.end_training()
+
+
+def train_steps(run: Run) -> int:
+    """The loop: `rollout`, `update`, write down; evaluate now and then. Returns the number of steps done."""
     cfg, accelerator, out = run.cfg, run.accelerator, Path(run.cfg.out)
     # Not prepared by accelerate, which would step it once per process.
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -767,11 +788,14 @@ def train(run: Run) -> None:
     if cfg.report_to:
         accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     held_out = load_examples(cfg, "val") if cfg.eval_every else []
+    shown = (*(f"reward_{name}" for name in run.rewards), "kl", "completion_tokens")
+    skipped: set[str] = set()
     stop = StopAtSignal()
     bar = tqdm(prompt_stream(run), total=cfg.steps, disable=not accelerator.is_main_process, dynamic_ncols=True)
-    skipped: set[str] = set()
     for step, prompts in enumerate(bar, 1):
-        skipped.update(flaw for prompt in data.whole(prompts) for flaw in prompt.skipped)
+        for flaw in {flaw for prompt in data.whole(prompts) for flaw in prompt.skipped} - skipped:
+            tqdm.write(f"skipped: {flaw}")
+            skipped.add(flaw)
         metrics = Averages()
         run.seconds.clear()
         ro = rollout(run, prompts, step)
@@ -785,12 +809,7 @@ def train(run: Run) -> None:
         if accelerator.is_main_process:
             evaluate.append_rows(out / "rollouts.jsonl", records)
             evaluate.append_rows(out / "metrics.jsonl", [row])
-            bar.set_postfix(
-                {
-                    name: f"{row[name]:.3g}"
-                    for name in (*(f"reward_{r}" for r in run.rewards), "kl", "completion_tokens")
-                }
-            )
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
             if cfg.picture_every and step % cfg.picture_every == 0:
                 evaluate.draw_answer(prompts[0], ro.texts[0], out / "pictures" / f"step_{step:06d}.png")
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
@@ -800,20 +819,15 @@ def train(run: Run) -> None:
         if interrupted:
             break
     bar.close()
-    save_model(run, out / "model")
-    skipped = set(gather_object(list(skipped)))
-    if skipped:
-        run.say(f"{len(skipped)} images skipped while training; one of them: {min(skipped)}")
-    if accelerator.is_main_process:
-        evaluate.plot_curves(out / "metrics.jsonl", out / "curves.png")
-    run.say(
-        f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}, metrics and rollouts in {out}"
-    )
-    accelerator.end_training()
+    return step
 
 
 class StopAtSignal:
-    """Ctrl-C and SIGTERM let the step finish, then save and stop; a second one changes nothing."""
+    """Ctrl-C and SIGTERM let the step finish, then save and stop; a second one changes nothing.
+
+    Launchers do not all pass signals on: torchrun does, and kills after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT sets
+    another limit); `accelerate launch` of one process does not, so SIGTERM belongs to the process of virft.py itself.
+    """
 
     def __init__(self):
         self.requested = False
@@ -829,21 +843,16 @@ class StopAtSignal:
 
 def save_model(run: Run, folder: Path) -> None:
     """Write model and processor in Hugging Face format, whole or not at all, in the dtype that the model came in."""
-    if run.accelerator.is_main_process:
+    if run.accelerator.is_main_process:  # the others have nothing to wait for
         new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
         for rest in (new, old):
             shutil.rmtree(rest, ignore_errors=True)
-        dtype, training_dtype = run.save_dtype, run.model.config.dtype
-        state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in run.model.state_dict().items()}
-        run.model.config.dtype = dtype
-        run.model.save_pretrained(new, state_dict=state)
-        run.model.config.dtype = training_dtype
+        run.model.to(run.save_dtype).save_pretrained(new)  # in place, which is why this is the last thing a run does
         run.processor.save_pretrained(new)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    run.accelerator.wait_for_everyone()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -70,6 +70,15 @@ def shuffled_training(arguments: list[str]) -> None:
     virft.group_advantages = plain
 
 
+def flags(settings: dict, **changes) -> list[str]:
+    """The command line of a run's config.json with changes."""
+    argv = []
+    for name, value in (settings | changes | {"overwrite": True}).items():
+        if value is not None and value != []:
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -89,63 +98,12 @@ def main() -> None:
     ):
         if not link.exists():
             link.symlink_to(os.path.relpath(target, link.parent))
-    common = [
-        "--task",
-        "coco",
-        "--max_completion_tokens",
-        str(settings["max_completion_tokens"]),
-        "--overwrite",
-        "true",
-        "--negatives",
-        str(settings["negatives"]),
-    ]
-    evaluation = [*common, "--eval_only", "true", "--eval_batch", "64"]
-    virft.main(
-        [
-            *evaluation,
-            "--model",
-            settings["model"],
-            "--data",
-            str(fit),
-            "--eval_limit",
-            "600",
-            "--out",
-            str(out / "fit"),
-        ]
-    )
+    held_out_data = {"data": out / "data", "out": out / "shuffled/after", "model": out / "shuffled/model"}
+    shuffled_training(flags(settings, out=out / "shuffled", seed=args.seed))
+    virft.main(flags(settings, **held_out_data, eval_only=True, eval_batch=64))
+    virft.main(flags(settings, data=fit, out=out / "fit", eval_only=True, eval_batch=64, eval_limit=600))
     training, held_out = read_predictions(out / "fit"), read_predictions(out / "before")
     factor, fitted = best_uniform_resize(training), best_per_category(training)
-
-    kept = [
-        part
-        for name in ("steps", "prompts_per_step", "prompts_per_forward", "group_size", "lr", "beta2", "beta")
-        for part in (f"--{name}", str(settings[name]))
-    ]
-    shuffled_training(
-        [
-            *common,
-            *kept,
-            "--model",
-            settings["model"],
-            "--data",
-            str(out / "data"),
-            "--seed",
-            str(args.seed),
-            "--out",
-            str(out / "shuffled"),
-        ]
-    )
-    virft.main(
-        [
-            *evaluation,
-            "--model",
-            str(out / "shuffled/model"),
-            "--data",
-            str(out / "data"),
-            "--out",
-            str(out / "shuffled/after"),
-        ]
-    )
 
     rows = {
         "before": measure(out / "before")["iou"],

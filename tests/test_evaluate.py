@@ -137,7 +137,7 @@ def test_files(tmp_path):
     for e in ONE:
         Image.new("RGB", e.size, "white").save(tmp_path / f"{e.image_id}.png")
     examples = [Example(**{**e.__dict__, "images": (tmp_path / f"{e.image_id}.png",)}) for e in ONE]
-    records = [record(e, exact_answer(e, (1000, 1000))) for e in examples]
+    records = [{"row": row} | record(e, exact_answer(e, (1000, 1000))) for row, e in enumerate(examples)]
     evaluate.write_evaluation(tmp_path / "out", records, evaluate.scores(records, COCO), examples)
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {frozenset(r) for r in results} == {frozenset({"image_id", "category_id", "bbox", "score"})} and len(
@@ -158,6 +158,19 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
         assert picture.size == (200, 124)
         assert picture.getpixel((12, 24 + 40)) != (0, 90, 0) and picture.getpixel((101, 24 + 60)) == (255, 0, 255)
         assert picture.getpixel((80, 24 + 40)) == (0, 90, 0)
+
+
+@pytest.mark.parametrize("far", [1e9, 1e30, -1e300])
+def test_wild_numbers_are_drawn_at_the_edge(tmp_path, far):
+    detections = [[[min(0.0, far), 0.0, max(1.0, far), 50.0], 0.5], [[far - 1, far - 1, far, far], 0.5]]
+    answer = {"solution": [], "detections": detections, "category": "dog"}
+    evaluate.draw_boxes(Image.new("RGB", (200, 100)), answer, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").exists()
+
+
+def test_nothing_to_evaluate_is_an_error():
+    with pytest.raises(data.DataError, match="no image could be opened"):
+        evaluate.scores([], COCO)
 
 
 def test_curves_draw_whatever_was_logged(tmp_path):
