@@ -42,16 +42,17 @@ launch() {
 }
 
 demo() {
-    local out=runs/demo common=(--num_processes 1 virft.py --task coco --negatives 0.1 --max_completion_tokens 48 --overwrite true)
+    local out=runs/demo common=(--num_processes 1 virft.py --task coco --max_completion_tokens 48 --overwrite true)
+    local evaluation=(--eval_only true --eval_batch 64 --negatives 0.1)
     python demo/shapes.py --out "$out/data"
     echo "1/3  before: the tiny model of demo/model answers held-out pictures"
-    launch "${common[@]}" --data "$out/data" --model demo/model --eval_only true --eval_batch 64 --out "$out/before"
+    launch "${common[@]}" --data "$out/data" --model demo/model "${evaluation[@]}" --out "$out/before"
     echo "2/3  GRPO"
     launch "${common[@]}" --data "$out/data" --model demo/model --out "$out/train" \
-        --steps 400 --prompts_per_step 8 --prompts_per_forward 8 --group_size 8 \
-        --lr 2e-4 --beta2 0.99 --beta 0 --picture_every 100 "$@"
+        --steps 450 --prompts_per_step 8 --prompts_per_forward 8 --group_size 8 \
+        --lr 2e-4 --beta2 0.99 --beta 0 --negatives 0.3 --picture_every 100 "$@"
     echo "3/3  after"
-    launch "${common[@]}" --data "$out/data" --model "$out/train/model" --eval_only true --eval_batch 64 --out "$out/after"
+    launch "${common[@]}" --data "$out/data" --model "$out/train/model" "${evaluation[@]}" --out "$out/after"
     python demo/report.py "$out"
 }
 
