@@ -14,7 +14,7 @@ setup() {
     if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then gpu=nvidia; fi
     local stamp=".venv/ready-$gpu-$(cksum <requirements.txt | tr -d ' ')"
     [ -e "$stamp" ] && return
-    for name in python3.12 python3.11 python3.13 python3; do
+    for name in python3 python3.11 python3.12 python3.13; do
         if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$name; break; fi
     done
     [ -n "$python" ] || { echo "run.sh: Python 3.11 or newer with venv is needed" >&2; exit 1; }
@@ -49,8 +49,8 @@ demo() {
     launch "${common[@]}" --data "$out/data" --model demo/model "${evaluation[@]}" --out "$out/before"
     echo "2/3  GRPO"
     launch "${common[@]}" --data "$out/data" --model demo/model --out "$out/train" \
-        --steps 450 --prompts_per_step 8 --prompts_per_forward 8 --group_size 8 \
-        --lr 2e-4 --beta2 0.99 --beta 0 --negatives 0.3 --picture_every 100 "$@"
+        --steps 280 --prompts_per_step 16 --prompts_per_forward 8 --group_size 8 \
+        --lr 2.5e-4 --beta2 0.99 --beta 0 --negatives 0.2 --picture_every 100 "$@"
     echo "3/3  after"
     launch "${common[@]}" --data "$out/data" --model "$out/train/model" "${evaluation[@]}" --out "$out/after"
     python demo/report.py "$out"

@@ -1,6 +1,6 @@
 """Pictures of colored shapes, written to disk as an ordinary COCO dataset.
 
-    python demo/shapes.py --out demo/data            # 600 training and 150 held-out pictures, seconds
+    python demo/shapes.py --out demo/data            # 2000 training and 240 held-out pictures, seconds
 
 Each picture shows one or two objects of an asked category among distractors. The same seed gives the
 same pictures, byte for byte.
@@ -88,8 +88,8 @@ def write_split(root: Path, split: str, count: int, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo/data"))
-    parser.add_argument("--train", type=int, default=600, help="training pictures")
-    parser.add_argument("--val", type=int, default=150, help="held-out pictures")
+    parser.add_argument("--train", type=int, default=2000, help="training pictures")
+    parser.add_argument("--val", type=int, default=240, help="held-out pictures")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_split(args.out, "train", args.train, args.seed)
