@@ -1,6 +1,6 @@
 """Make the tiny model that the offline demo starts from: demo/model.
 
-    python demo/warm_start.py                        # about 20 minutes on two cores; the result is committed
+    python demo/warm_start.py                        # about 40 minutes on two cores; the result is committed
 
 A LLaVA-class model of a million parameters is taught, by plain supervised learning on freshly drawn
 scenes, to answer the detection prompt of data.py: which shape is meant, whether there are none, one or
@@ -213,8 +213,7 @@ def make_prompt_ids(processor) -> dict[str, list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=7000, help="steps of the schedule")
-    parser.add_argument("--stop", type=int, default=3500, help="stop here: the model is to have something left to learn")
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -236,7 +235,7 @@ def main() -> None:
         ),
     )
     rng, start, smooth = random.Random(f"warm start {args.seed}"), time.time(), None
-    for step in range(1, args.stop + 1):
+    for step in range(1, args.steps + 1):
         # Noise in the labels slows learning down; it is only needed in the end, as spread for the sampler.
         jitter = JITTER[0] + (JITTER[1] - JITTER[0]) * step / args.steps
         batch = make_batch(processor, prompt_ids, args.batch, jitter, rng)
@@ -262,7 +261,6 @@ def main() -> None:
         "transforms": TRANSFORMS,
         "jitter": JITTER,
         "steps": args.steps,
-        "stop": args.stop,
         "batch": args.batch,
         "lr": args.lr,
         "seed": args.seed,
