@@ -530,7 +530,12 @@ def loading(what: str, name: str):
         missing = re.search(r"requires the (\w+) library|No module named '(\w+)'", str(error))
         package = next(filter(None, missing.groups())).lower() if missing else str(error).strip().splitlines()[0]
         raise SystemExit(f"{what} {name} needs a package that is not installed: pip install {package}") from None
-    except OSError as error:  # every error of a hub is one: files, connections, offline mode
+    except DataError:  # says already what to do
+        raise
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # every error of a hub is an OSError; a folder that is no model, a ValueError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if Path(name).exists():
             raise SystemExit(f"{what} {name} cannot be loaded: {reason}") from None
