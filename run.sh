@@ -35,9 +35,9 @@ setup() {
 pinned() { sed -n "s/^# \($1==.*\)/\1/p" requirements.txt; }
 
 launch() {
-    if nvidia-smi -L >/dev/null 2>&1; then accelerate launch "$@"; else
+    if nvidia-smi -L >/dev/null 2>&1; then accelerate launch --quiet "$@"; else
         # Told its defaults, or the launcher lists them at every start.
-        accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu "$@"
+        accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu "$@"
     fi
 }
 
