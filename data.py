@@ -313,15 +313,7 @@ def read_coco(
             f"{split}/{image_id}/{category}", (path,), size, targets, category, ignored, image_id, id_of[category]
         )
 
-    shown = {category: [i for i in images if i not in skipped and (i, category) in boxes] for category in wanted}
-    empty = [category for category in wanted if not shown[category]]
-    if empty:
-        notes.append(f"{file}: no image shows {', '.join(empty)}")
-    if shots:
-        shown = {c: random.Random(f"{seed}/{c}").sample(ids, min(shots, len(ids))) for c, ids in shown.items()}
-        few = [f"{c} ({len(ids)})" for c, ids in shown.items() if len(ids) < shots]
-        if few:
-            notes.append(f"{file}: fewer than {shots} images for {', '.join(few)}")
+    shown = _images_showing(file, [i for i in images if i not in skipped], boxes, wanted, shots, seed, notes)
     examples = [example(image_id, category) for category, ids in shown.items() for image_id in ids]
     examples += [
         example(*pair)
@@ -330,6 +322,20 @@ def read_coco(
     if not examples:
         raise DataError(f"{file}: no example is left for the categories {', '.join(wanted)}")
     return examples, notes
+
+
+def _images_showing(file: Path, usable: list, boxes, wanted, shots, seed, notes) -> dict[str, list]:
+    """{category: ids of the images that show it}, all or `shots` of them; what is missing is noted."""
+    shown = {category: [i for i in usable if (i, category) in boxes] for category in wanted}
+    empty = [category for category in wanted if not shown[category]]
+    if empty:
+        notes.append(f"{file}: no image shows {', '.join(empty)}")
+    if shots:
+        shown = {c: random.Random(f"{seed}/{c}").sample(ids, min(shots, len(ids))) for c, ids in shown.items()}
+        few = [f"{c} ({len(ids)})" for c, ids in shown.items() if len(ids) < shots]
+        if few:
+            notes.append(f"{file}: fewer than {shots} images for {', '.join(few)}")
+    return shown
 
 
 def _coco_files(root: Path, split: str) -> tuple[Path, Path]:
