@@ -1,8 +1,10 @@
 """virft.py as a user runs it: whole processes, from flags to files."""
 
+import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -358,3 +360,16 @@ def test_run_sh_explains_itself():
         line.startswith("# flash-attn==") for line in lines
     )
     assert Path(ROOT / ".ci" / "run").exists()
+
+
+def test_the_readme_names_what_is_there():
+    """Tests, flags and metrics that the README speaks of exist."""
+    readme = (ROOT / "README.md").read_text()
+    written = "".join(file.read_text() for file in [*(ROOT / "tests").glob("*.py"), ROOT / "test_rewards.py"])
+    assert set(re.findall(r"`(test_[a-z0-9_]+)`", readme)) <= set(re.findall(r"def (test_[a-z0-9_]+)", written))
+    flags = {field.name for field in dataclasses.fields(virft.Config)}
+    assert set(re.findall(r"--([a-z]+(?:_[a-z0-9]+)*)", readme)) <= flags
+    metrics = readme.partition("## Every metric")[2].partition("\n## ")[0]
+    source = (ROOT / "virft.py").read_text() + (ROOT / "evaluate.py").read_text()
+    for name in re.findall(r"`([a-z_]+)`", metrics):
+        assert re.sub(r"^(seconds|reward)_[a-z]+$", r"\1_", name) in source, name
