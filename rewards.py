@@ -13,14 +13,19 @@ y1 < y2, completion and solution in the same coordinates; which ones does not ma
 does not change under a scale per axis.
 
 Where this differs from the published reward code, and why, is the second half of test_rewards.py.
-To add a reward, write such a function and enter it in REWARDS; `--rewards name=weight` does the rest.
+To add a reward, write such a function and enter it in REWARDS, or leave this file alone and name yours on the command line:
+`--rewards iou=1 my_rewards.py:my_reward=0.5`.
 """
 
+import functools
+import importlib.util
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 Box = tuple[float, float, float, float]
 
@@ -262,15 +267,80 @@ REWARDS = {
 }
 
 
+def reward_weights(entries: Sequence[str]) -> dict[str, float]:
+    """{reward: weight} of entries such as `iou`, `iou=0.5` or `my_rewards.py:my_reward=2`; without a weight it is 1.
+
+    Raises ValueError for a weight that is not a number, and for a reward that is named twice.
+    """
+    weights: dict[str, float] = {}
+    for entry in entries:
+        name, weight = entry.rsplit("=", 1) if "=" in entry else (entry, "1")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"the weight of {entry} is not a number; name=weight expected, as in iou=1")
+        if name in weights:
+            raise ValueError(f"{name} is named twice")
+        weights[name] = value
+    return weights
+
+
 def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Callable[[str, object], float], float]]:
     """{name: (reward(completion, solution), weight)}; each reward gets those of the settings that it takes.
 
-    weights: names of REWARDS and their weights; raises ValueError for an unknown name.
+    weights: names of REWARDS, or `file.py:function` for one of the user's, and their weights. Raises ValueError for a
+    name that is not known and a function that cannot be had or called.
     """
-    if unknown := weights.keys() - REWARDS.keys():
-        raise ValueError(f"unknown reward {', '.join(sorted(unknown))}; known are {', '.join(REWARDS)}")
     chosen = {}
     for name, weight in weights.items():
-        takes = inspect.signature(REWARDS[name]).parameters.keys() & settings.keys()
-        chosen[name] = (partial(REWARDS[name], **{key: settings[key] for key in takes}), weight)
+        if ".py:" in name:
+            reward = load_reward(name)
+            name = reward.__name__
+        elif name in REWARDS:
+            reward = REWARDS[name]
+        else:
+            raise ValueError(
+                f"unknown reward {name}; known are {', '.join(REWARDS)}, and file.py:function for your own"
+            )
+        if name in chosen:
+            raise ValueError(f"two rewards are called {name}, the name of their column in metrics.jsonl: rename yours")
+        takes = list(inspect.signature(reward).parameters)[2:]
+        chosen[name] = (partial(reward, **{key: settings[key] for key in takes if key in settings}), weight)
     return chosen
+
+
+def load_reward(name: str) -> Callable[..., float]:
+    """The reward `path/to/file.py:function` of the user's, with its results checked; ValueError names file and function."""
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{name}: no file {file}")
+    spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # what is wrong in there is best said by Python's own traceback
+    reward = getattr(module, function, None)
+    if not inspect.isfunction(reward):
+        raise ValueError(
+            f"{file} has no function {function}; expected def {function}(completion: str, solution) -> float"
+        )
+    try:
+        inspect.signature(reward).bind("completion", "solution")
+    except TypeError as error:
+        raise ValueError(
+            f"{file}: {function}{inspect.signature(reward)} cannot be called as {function}(completion, solution) ({error})"
+        ) from None
+
+    @functools.wraps(reward)
+    def checked(completion: str, solution: object, **settings) -> float:
+        value = reward(completion, solution, **settings)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(f"{file}: {function} returned {value!r}, not a finite number, for {completion[:200]!r}")
+        return number
+
+    return checked
