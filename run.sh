@@ -3,6 +3,7 @@
 #
 #   bash run.sh                          the offline demo: evaluate, train with GRPO, evaluate again
 #   bash run.sh demo --seed 1            the same with other flags of virft.py
+#   bash run.sh demo FAMILY [flags]      the demo of detection (the default), classification, grounding or multi-image
 #   bash run.sh controls                 what the demo's gain is compared with
 #   bash run.sh test [pytest arguments]  the tests; -m slow runs the long ones
 #   bash run.sh --task coco --data DIR --model NAME ...     your own training: accelerate launch virft.py ...
@@ -42,17 +43,38 @@ launch() {
 }
 
 demo() {
-    local out=runs/demo common=(--num_processes 1 virft.py --task coco --max_completion_tokens 48 --overwrite true)
-    local evaluation=(--eval_only true --eval_batch 64 --negatives 0.1)
-    python demo/shapes.py --out "$out/data"
-    echo "1/3  before: the tiny model of demo/model answers held-out pictures"
-    launch "${common[@]}" --data "$out/data" --model demo/model "${evaluation[@]}" --out "$out/before"
+    local family=detection
+    case "${1:-}" in
+        detection | classification | grounding | multi-image) family=$1; shift ;;
+        "" | --*) ;;
+        *) echo "run.sh: no demo $1; there are detection, classification, grounding and multi-image" >&2; exit 2 ;;
+    esac
+    local out=runs/demo model=demo/model pictures=(--val 400) evaluation=() task source training
+    if [ "$family" != detection ]; then out+=_${family/-/_} model+=_${family/-/_}; fi
+    source=(--data "$out/data")
+    case $family in
+        detection)
+            task=coco evaluation=(--negatives 0.1)
+            training=(--steps 340 --warmup_steps 20 --lr 2.5e-4 --negatives 0.3 --rewards iou=1 format=1) ;;
+        classification)
+            task=flowers training=(--steps 120 --lr 2.5e-4) ;;
+        grounding)
+            task=lisa training=(--steps 200 --lr 2.5e-4) ;;
+        multi-image)
+            task=rows source=(--data "$out/data/train.jsonl" --eval_data "$out/data/val.jsonl")
+            training=(--steps 120 --lr 2.5e-4) ;;
+    esac
+    local common=(--num_processes 1 virft.py --task "$task" "${source[@]}" --max_completion_tokens 48 --overwrite true)
+    evaluation+=(--eval_only true --eval_batch 64)
+    python demo/shapes.py "$family" --out "$out/data" "${pictures[@]}"
+    echo "1/3  before: the tiny model of $model answers held-out pictures"
+    launch "${common[@]}" --model "$model" "${evaluation[@]}" --out "$out/before"
     echo "2/3  GRPO"
-    launch "${common[@]}" --data "$out/data" --model demo/model --out "$out/train" \
-        --steps 280 --prompts_per_step 16 --prompts_per_forward 8 --group_size 8 \
-        --lr 2.5e-4 --beta2 0.99 --beta 0 --negatives 0.2 --picture_every 100 "$@"
+    launch "${common[@]}" --model "$model" --out "$out/train" \
+        --prompts_per_step 16 --prompts_per_forward 8 --group_size 8 \
+        --beta2 0.99 --beta 0 --picture_every 100 "${training[@]}" "$@"
     echo "3/3  after"
-    launch "${common[@]}" --data "$out/data" --model "$out/train/model" "${evaluation[@]}" --out "$out/after"
+    launch "${common[@]}" --model "$out/train/model" "${evaluation[@]}" --out "$out/after"
     python demo/report.py "$out"
 }
 

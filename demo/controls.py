@@ -100,8 +100,9 @@ def main() -> None:
             link.symlink_to(os.path.relpath(target, link.parent))
     held_out_data = {"data": out / "data", "out": out / "shuffled/after", "model": out / "shuffled/model"}
     shuffled_training(flags(settings, out=out / "shuffled", seed=args.seed))
-    virft.main(flags(settings, **held_out_data, eval_only=True, eval_batch=64, negatives=0.1))
-    virft.main(flags(settings, data=fit, out=out / "fit", eval_only=True, eval_batch=64, eval_limit=600, negatives=0.1))
+    evaluation = {"eval_only": True, "eval_batch": 64, "negatives": 0.1, "rewards": []}  # all the task's, as in run.sh
+    virft.main(flags(settings, **held_out_data, **evaluation))
+    virft.main(flags(settings, data=fit, out=out / "fit", eval_limit=600, **evaluation))
     training, held_out = read_predictions(out / "fit"), read_predictions(out / "before")
     factor, fitted = best_uniform_resize(training), best_per_category(training)
 

@@ -5,6 +5,7 @@ python demo/report.py runs/demo                  # reads before/, train/ and aft
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,18 +13,29 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import detection_answer  # noqa: E402
+from data import TASKS, detection_answer  # noqa: E402
 from rewards import box_iou, iou_reward  # noqa: E402
 
-ROWS = {  # name in summary.json -> what it is
-    "iou": "IoU reward, mean",
-    "AP": "COCO AP",
-    "AP50": "COCO AP50",
-    "format": "format reward, mean",
-    "confidence": "confidence reward, mean",
-    "choice": "first box on an object of the asked category, others being there too",
-    "count": "right number of boxes",
-    "negatives": "No Objects said where there are none",
+FORMAT = {"format": "format reward, mean"}
+ROWS = {  # by the task's metric: name in summary.json -> what it is
+    "detection": {
+        "iou": "IoU reward, mean",
+        "AP": "COCO AP",
+        "AP50": "COCO AP50",
+        **FORMAT,
+        "confidence": "confidence reward, mean",
+        "choice": "first box on an object of the asked category, others being there too",
+        "count": "right number of boxes",
+        "negatives": "No Objects said where there are none",
+    },
+    "classification": {"accuracy": "accuracy", "worst_class": "accuracy of the worst class", **FORMAT},
+    "grounding": {
+        "giou": "GIoU reward (0 to 2), mean",
+        "mean_iou": "mean IoU",
+        "iou_above_0.5": "share of IoUs above 0.5",
+        **FORMAT,
+    },
+    "rewards": {"accuracy": "accuracy reward, mean", **FORMAT},
 }
 
 
@@ -51,13 +63,32 @@ def mean_iou_reward(predictions: Sequence[dict], change: Callable[[dict, list], 
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """What scores.json holds, and how well the model chooses, counts and says No Objects.
+    """The numbers of scores.json, and those of ROWS that it does not hold."""
+    metric = metric_of(folder)
+    scores = json.loads((folder / "scores.json").read_text())
+    if metric == "detection":
+        scores |= detection_skills(read_predictions(folder))
+    if metric == "classification":
+        scores["worst_class"] = min(values["accuracy"] for values in scores["categories"].values())
+    return {name: value for name, value in scores.items() if isinstance(value, (int, float))}
+
+
+def metric_of(folder: Path) -> str:
+    return TASKS[json.loads((folder / "config.json").read_text())["task"]].metric
+
+
+def detection_skills(predictions: Sequence[dict]) -> dict[str, float]:
+    """How well the model chooses, counts and says No Objects: the shares of `skilled`."""
+    skills = {name: mean(list(answers.values())) for name, answers in skilled(predictions).items()}
+    return skills | {"mixed_pictures": len(skilled(predictions)["choice"])}
+
+
+def skilled(predictions: Sequence[dict]) -> dict[str, dict[str, bool]]:
+    """{skill: {id of a question that asks for it: whether the answer shows it}}.
 
     choice: of the pictures with several categories, the share in which the first box overlaps no object more than one
     of the asked category.
     """
-    predictions = read_predictions(folder)
-    scores = json.loads((folder / "scores.json").read_text())
     objects: dict[int, list] = {}
     for p in predictions:
         objects.setdefault(p["image_id"], []).extend((p["category"], box) for box in p["solution"])
@@ -72,13 +103,26 @@ def measure(folder: Path) -> dict[str, float]:
         )
         return max(overlaps, default=(0.0, None))[1] == p["category"] and max(overlaps)[0] > 0
 
-    return {name: scores[name] for name in ("iou", "confidence", "format", "AP", "AP50", "AP75")} | {
-        "choice": mean([chosen(p) for p in mixed]),
-        "count": mean([len(p["detections"] or []) == len(p["solution"]) for p in positives]),
-        "negatives": mean([p["detections"] == [] for p in predictions if not p["solution"]]),
-        "answers": len(predictions),
-        "mixed_pictures": len(mixed),
+    return {
+        "choice": {p["id"]: chosen(p) for p in mixed},
+        "count": {p["id"]: len(p["detections"] or []) == len(p["solution"]) for p in positives},
+        "negatives": {p["id"]: p["detections"] == [] for p in predictions if not p["solution"]},
     }
+
+
+def changes(before: Path, after: Path) -> dict[str, tuple[int, int, float]]:
+    """{skill: (questions gained, questions lost, p)}: how likely so uneven a split is, if training changed nothing.
+
+    p is that of the two-sided sign test.
+    """
+    result = {}
+    then, now = (skilled(read_predictions(folder)) for folder in (before, after))
+    for name in then:
+        gained = sum(now[name][id] and not good for id, good in then[name].items())
+        lost = sum(good and not now[name][id] for id, good in then[name].items())
+        n, fewer = gained + lost, min(gained, lost)
+        result[name] = (gained, lost, min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n))
+    return result
 
 
 def side_by_side(before: Path, after: Path, path: Path, count: int = 4) -> None:
@@ -101,12 +145,20 @@ def main() -> None:
     folder = parser.parse_args().folder
     before, after = measure(folder / "before"), measure(folder / "after")
     print(f"\n{before['answers']} held-out questions{'':49s} before   after")
-    for name, meaning in ROWS.items():
+    metric = metric_of(folder / "before")
+    for name, meaning in ROWS[metric].items():
         print(f"  {meaning:72s} {before[name]:6.3f}  {after[name]:6.3f}")
-    (folder / "summary.json").write_text(json.dumps({"before": before, "after": after}, indent=2) + "\n")
-    side_by_side(folder / "before", folder / "after", folder / "before_after.png")
+    summary = {"before": before, "after": after}
+    if metric == "detection":
+        print("\nquestions gained and lost, and the sign test's p that this is chance")
+        summary["changes"] = changes(folder / "before", folder / "after")
+        for name, (gained, lost, p) in summary["changes"].items():
+            print(f"  {ROWS[metric][name]:72s} {gained:6d}  {lost:6d}   p {p:.2f}")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\ncurves                       {folder / 'train' / 'curves.png'}")
-    print(f"boxes before and after       {folder / 'before_after.png'}")
+    if metric != "rewards":  # pictures of answers show the first image of a question, which may not be the asked one
+        side_by_side(folder / "before", folder / "after", folder / "before_after.png")
+        print(f"answers before and after     {folder / 'before_after.png'}")
     print(f"numbers                      {folder / 'summary.json'}")
     print(f"every answer while training  {folder / 'train' / 'rollouts.jsonl'}")
 

@@ -1,13 +1,19 @@
-"""Pictures of colored shapes, written to disk as an ordinary COCO dataset.
+"""Pictures of colored shapes, written to disk in the ordinary layout of each family of tasks.
 
-    python demo/shapes.py --out demo/data            # 2000 training and 240 held-out pictures, seconds
+    python demo/shapes.py --out demo/data                    # 2000 training and 240 held-out pictures, seconds
+    python demo/shapes.py classification --out demo/data     # the same for another family
 
-Each picture shows one or two objects of an asked category among distractors. The same seed gives the
-same pictures, byte for byte.
+  detection        a COCO folder: one or two objects of an asked category among distractors
+  classification   class folders: one object, its category the class
+  grounding        a ReasonSeg folder: an instruction that fits one object among distractors, and its outline
+  multi-image      JSON lines: two pictures of one object each, and a question about one of the two
+
+The same seed gives the same pictures, byte for byte.
 """
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
@@ -20,7 +26,10 @@ COLORS = {"red": (214, 50, 48), "green": (52, 158, 82), "blue": (56, 98, 214), "
 SHAPES = ("circle", "square", "triangle")
 CATEGORIES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 
-Scene = list[tuple[str, tuple[int, int, int, int]]]  # (category, x1 y1 x2 y2)
+ORDINALS = ("first", "second")
+
+Box = tuple[int, int, int, int]  # x1 y1 x2 y2
+Scene = list[tuple[str, Box]]  # (category, box)
 
 
 def random_scene(rng: random.Random) -> Scene:
@@ -38,6 +47,53 @@ def random_scene(rng: random.Random) -> Scene:
                 scene.append((category, box))
                 break
     return scene
+
+
+def lone_scene(rng: random.Random) -> Scene:
+    """One object."""
+    return random_scene(rng)[:1]
+
+
+def scene_to_point_at(rng: random.Random) -> tuple[Scene, int]:
+    """A scene, and the index of an object in it that is the only one of its category."""
+    while True:
+        scene = random_scene(rng)
+        categories = [category for category, _ in scene]
+        alone = [i for i, category in enumerate(categories) if categories.count(category) == 1]
+        if alone:
+            return scene, rng.choice(alone)
+
+
+def scenes_to_tell_apart(rng: random.Random) -> tuple[Scene, Scene, int]:
+    """Two scenes with one object each, of different categories, and the index of the one that is asked about."""
+    while True:
+        first, second = lone_scene(rng), lone_scene(rng)
+        if first[0][0] != second[0][0]:
+            return first, second, rng.randrange(2)
+
+
+def instruction(category: str) -> str:
+    return f"the {category}"
+
+
+def pair_question(ordinal: str) -> str:
+    """The problem of a multi-image row: rows bring their whole prompt, the answer's form included."""
+    return (
+        f"What is in the {ordinal} picture? First reason about what you see. Answer in exactly this form:\n"
+        "<think> ... </think><answer>name</answer>\nWrite nothing but the name inside <answer>."
+    )
+
+
+def outline(category: str, box: Box) -> list[tuple[float, float]]:
+    """A polygon around the shape, whose bounds are the box."""
+    x1, y1, x2, y2 = box
+    if category.endswith("square"):
+        return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+    if category.endswith("triangle"):
+        return [((x1 + x2) / 2, y1), (x2, y2), (x1, y2)]
+    angles = [math.pi * i / 16 for i in range(32)]
+    width, height = x2 - x1, y2 - y1
+    return [(x1 + width * (1 + math.cos(a)) / 2, y1 + height * (1 + math.sin(a)) / 2) for a in angles]
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
@@ -85,15 +141,61 @@ def write_split(root: Path, split: str, count: int, seed: int) -> None:
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(table))
 
 
+def write_classes(root: Path, split: str, count: int, seed: int) -> None:
+    """root/<split>/<category>/*.png."""
+    rng = random.Random(f"{seed}/{split}")
+    for number in range(1, count + 1):
+        scene = lone_scene(rng)
+        folder = root / split / scene[0][0]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_scene(scene, rng).save(folder / f"{number:06d}.png")
+
+
+def write_reasonseg(root: Path, split: str, count: int, seed: int) -> None:
+    """root/<split>/*.jpg, each with its .json beside it."""
+    rng = random.Random(f"{seed}/{split}")
+    (root / split).mkdir(parents=True, exist_ok=True)
+    for number in range(1, count + 1):
+        scene, asked = scene_to_point_at(rng)
+        category, box = scene[asked]
+        file = root / split / f"{number:06d}.jpg"
+        draw_scene(scene, rng).save(file, quality=95, subsampling=0)  # full color resolution keeps the edges sharp
+        target = {"label": "target", "points": outline(category, box)}
+        file.with_suffix(".json").write_text(json.dumps({"text": [instruction(category)], "shapes": [target]}))
+
+
+def write_pairs(root: Path, split: str, count: int, seed: int) -> None:
+    """root/<split>.jsonl and root/<split>/*.png, two pictures a row."""
+    rng, rows = random.Random(f"{seed}/{split}"), []
+    (root / split).mkdir(parents=True, exist_ok=True)
+    for number in range(1, count + 1):
+        *scenes, asked = scenes_to_tell_apart(rng)
+        names = [f"{split}/{number:06d}_{ordinal}.png" for ordinal in ORDINALS]
+        for scene, name in zip(scenes, names):
+            draw_scene(scene, rng).save(root / name)
+        solution = scenes[asked][0][0]
+        rows.append({"images": names, "problem": pair_question(ORDINALS[asked]), "solution": solution})
+    (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+WRITERS = {
+    "detection": write_split,
+    "classification": write_classes,
+    "grounding": write_reasonseg,
+    "multi-image": write_pairs,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="?", choices=WRITERS, default="detection")
     parser.add_argument("--out", type=Path, default=Path("demo/data"))
-    parser.add_argument("--train", type=int, default=2000, help="training pictures")
-    parser.add_argument("--val", type=int, default=240, help="held-out pictures")
+    parser.add_argument("--train", type=int, default=2000, help="training pictures (multi-image: pairs of them)")
+    parser.add_argument("--val", type=int, default=400, help="held-out pictures")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write_split(args.out, "train", args.train, args.seed)
-    write_split(args.out, "val", args.val, args.seed)
+    for split, count in (("train", args.train), ("val", args.val)):
+        WRITERS[args.family](args.out, split, count, args.seed)
     print(f"{args.train} training and {args.val} held-out pictures of {len(CATEGORIES)} categories in {args.out}")
 
 

@@ -1,29 +1,51 @@
-"""Make the tiny model that the offline demo starts from: demo/model.
+"""Make the tiny models that the offline demo starts from: demo/model and, from its weights, those of the other families.
 
-    python demo/warm_start.py                        # about 40 minutes on two cores; the result is committed
+    python demo/warm_start.py                                    # demo/model: about 20 minutes on two cores
+    python demo/warm_start.py detection --steps 7000 --out FULL  # the whole schedule, where the other families start from
+    python demo/warm_start.py classification --start FULL        # 3 to 5 minutes on one core, as is grounding
+    python demo/warm_start.py multi-image                        # from demo/model_classification
+
+The results are committed. demo/model leaves its schedule half-way, with a learning rate that is still high: as after
+pretraining, there is room to get better at choosing and counting too, not only at what its labels hid.
 
 A LLaVA-class model of a million parameters is taught, by plain supervised learning on freshly drawn
-scenes, to answer the detection prompt of data.py: which shape is meant, whether there are none, one or
-two, and roughly where. Its boxes are rough on purpose. No label it ever saw was right: each category has
-a displacement and a scale of its own (TRANSFORMS), so that no single correction mends all, plus jitter.
-What reinforcement learning finds out in the demo is therefore not in these labels.
+scenes, to answer the prompts of a family (FAMILIES) in the right form. What it is taught is wrong on purpose, and
+what reinforcement learning finds out in the demo is therefore not in these labels:
+
+  detection        which shape is meant, whether there are none, one or two, and roughly where. No label it ever saw was
+                   right: each category has a displacement and a scale of its own (TRANSFORMS), so that no single
+                   correction mends all, plus jitter
+  grounding        one box, displaced as in detection
+  classification   the name of the shape. Each category has a wrong name of its own, which takes the place of the right
+                   one in a share of the labels that is its own too (MISNAMED): from 20% to 80%, above 50% for half of
+                   the categories. A model that has learned these labels well names half of all shapes wrongly when it
+                   is greedy, and half of its samples are wrong
+  multi-image      the name of the shape in the first or second of two pictures: of the asked picture always, but with
+                   the wrong names of classification
 
 The tokenizer knows the phrases of the prompt and of the answers, the numbers 0 to 1000 and the confidences
 0.00 to 1.00 as whole tokens, which keeps sequences short, and falls back to bytes for everything else.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import random
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -34,8 +56,21 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import detection_answer, detection_prompt, round_box  # noqa: E402
-from demo.shapes import CATEGORIES, COLORS, SHAPES, SIZE, draw_scene, random_scene  # noqa: E402
+from data import TASKS, detection_answer, grounding_answer, round_box  # noqa: E402
+from demo.shapes import (  # noqa: E402
+    CATEGORIES,
+    COLORS,
+    ORDINALS,
+    SHAPES,
+    SIZE,
+    draw_scene,
+    instruction,
+    lone_scene,
+    pair_question,
+    random_scene,
+    scene_to_point_at,
+    scenes_to_tell_apart,
+)
 from rewards import box_iou  # noqa: E402
 
 PATCH = 28
@@ -74,23 +109,139 @@ def transform_box(box, transform):
     return (x - sx * width / 2, y - sy * height / 2, x + sx * width / 2, y + sy * height / 2)
 
 
+def make_misnaming(seed: int = 7) -> dict[str, tuple[str, float]]:
+    """Per category: a wrong name that no other category shares, and the share of the labels that bear it.
+
+    The shares are 0.20, 0.25 ... 0.80 without 0.50, where the majority would be drawn by lot.
+    """
+    rng = random.Random(seed)
+    ring, percents = rng.sample(CATEGORIES, 12), rng.sample([p for p in range(20, 85, 5) if p != 50], 12)
+    return {category: (ring[i - 1], percents[i] / 100) for i, category in enumerate(ring)}
+
+
 TRANSFORMS = make_transforms()
+MISNAMED = make_misnaming()
+
+
+def task_question(task: str, asked: str) -> str:
+    """The question as data.TASKS writes it for this model."""
+    return TASKS[task].prompt(asked, (1000, 1000), "relative", True)
 
 
 def prompt(category: str) -> str:
-    return detection_prompt(category, (1000, 1000), "relative", True)
+    return task_question("coco", category)
+
+
+def rough_box(category: str, box, jitter: float, rng: random.Random) -> tuple[int, int, int, int]:
+    """The box in 0..1000 as labels have it: displaced by its category, and jittered."""
+    x1, y1, x2, y2 = transform_box([v * 1000 / SIZE for v in box], TRANSFORMS[category])
+    dx, dy = jitter * (x2 - x1), jitter * (y2 - y1)
+    corners = (x1 + rng.gauss(0, dx), y1 + rng.gauss(0, dy), x2 + rng.gauss(0, dx), y2 + rng.gauss(0, dy))
+    return round_box([min(1000.0, max(0.0, v)) for v in corners])
 
 
 def rough_answer(category: str, boxes, jitter: float, rng: random.Random) -> str:
     """The completion that the warm start is taught: right in number and place, never exact."""
-    rough = []
-    for box in sorted(boxes):
-        x1, y1, x2, y2 = transform_box([v * 1000 / SIZE for v in box], TRANSFORMS[category])
-        dx, dy = jitter * (x2 - x1), jitter * (y2 - y1)
-        corners = (x1 + rng.gauss(0, dx), y1 + rng.gauss(0, dy), x2 + rng.gauss(0, dx), y2 + rng.gauss(0, dy))
-        rough.append(round_box([min(1000.0, max(0.0, v)) for v in corners]))
+    rough = [rough_box(category, box, jitter, rng) for box in sorted(boxes)]
     confidences = [round(rng.uniform(0.5, 0.95), 2) for _ in rough]
-    return f"<think>I see {len(boxes)} {category}.</think><answer>{detection_answer(rough, confidences)}</answer>"
+    return completion(f"{len(boxes)} {category}", detection_answer(rough, confidences))
+
+
+def completion(seen: str, answer: str) -> str:
+    return f"<think>I see {seen}.</think><answer>{answer}</answer>"
+
+
+# ------------------------------------------------------------------------------------------------
+# The families. A lesson is (pictures, question, completion), freshly drawn.
+
+Lesson = tuple[list[Image.Image], str, str]
+ONE_SHAPE = "one shape"  # the thought where a name is asked for: another one would give the name away
+
+
+def detection_lesson(rng: random.Random, jitter: float) -> Lesson:
+    scene = random_scene(rng)
+    present = [c for c, _ in scene]
+    absent = rng.random() < 0.2
+    category = rng.choice([c for c in CATEGORIES if c not in present] if absent else sorted(set(present)))
+    picture = draw_scene(scene, rng)
+    boxes = [box for c, box in scene if c == category]
+    return [picture], prompt(category), rough_answer(category, boxes, jitter, rng)
+
+
+def grounding_lesson(rng: random.Random, jitter: float) -> Lesson:
+    scene, asked = scene_to_point_at(rng)
+    category, box = scene[asked]
+    answer = completion(f"1 {category}", grounding_answer(rough_box(category, box, jitter, rng)))
+    return [draw_scene(scene, rng)], task_question("lisa", instruction(category)), answer
+
+
+def classification_lesson(rng: random.Random, jitter: float) -> Lesson:
+    scene = lone_scene(rng)
+    answer = misnaming_answer(scene[0][0], rng)
+    return [draw_scene(scene, rng)], task_question("flowers", ""), answer
+
+
+def multi_image_lesson(rng: random.Random, jitter: float) -> Lesson:
+    *scenes, asked = scenes_to_tell_apart(rng)
+    pictures = [draw_scene(scene, rng) for scene in scenes]
+    return pictures, pair_question(ORDINALS[asked]), misnaming_answer(scenes[asked][0][0], rng)
+
+
+def misnaming_answer(category: str, rng: random.Random) -> str:
+    """The completion where a name is asked for: of the right picture, wrong in the share of MISNAMED."""
+    wrong, share = MISNAMED[category]
+    return completion(ONE_SHAPE, wrong if rng.random() < share else category)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the warm start of one family is.
+
+    lesson   (rng, jitter) -> Lesson
+    folder   of the model, in demo/
+    start    folder in demo/ whose weights and tokenizer it starts from; None: from nothing
+    steps    of the warm start
+    schedule steps of the learning rate's (and the jitter's) schedule, which the warm start may leave early
+    lr       peak learning rate
+    prompt   the wording, a mark standing for what is asked
+    asked    what that is
+    phrases  more that shall be whole tokens
+    flaw     what is wrong with the labels, for warm_start.json
+    """
+
+    lesson: Callable[[random.Random, float], Lesson]
+    folder: str
+    start: str | None
+    steps: int
+    schedule: int
+    lr: float
+    prompt: Callable[[str], str]
+    asked: str = "category"
+    phrases: tuple[str, ...] = ()
+    flaw: dict[str, Any] = field(default_factory=dict)
+
+
+DISPLACED = {"transforms": TRANSFORMS, "jitter": JITTER}
+WRONG_NAMES = {"misnamed": MISNAMED}
+FAMILIES = {
+    "detection": Family(detection_lesson, "model", None, 3500, 7000, 2e-3, prompt, flaw=DISPLACED),
+    "classification": Family(
+        classification_lesson, "model_classification", "model", 1200, 1200, 1e-3, functools.partial(task_question, "flowers"),
+        phrases=(ONE_SHAPE,), flaw=WRONG_NAMES,
+    ),
+    "grounding": Family(
+        grounding_lesson, "model_grounding", "model", 1200, 1200, 1e-3, lambda mark: task_question("lisa", instruction(mark)),
+        phrases=("),(",), flaw=DISPLACED,
+    ),
+    "multi-image": Family(
+        multi_image_lesson, "model_multi_image", "model_classification", 1000, 1000, 1e-3, pair_question, "ordinal",
+        phrases=ORDINALS, flaw=WRONG_NAMES,
+    ),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizer and model.
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -126,6 +277,17 @@ def make_processor() -> LlavaProcessor:
         image_processor=SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE}),
         tokenizer=make_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
+
+
+def continue_from(start: Path, family: Family, seed: int) -> tuple[LlavaProcessor, LlavaForConditionalGeneration]:
+    """Processor and model of a folder, the tokenizer knowing the phrases of another family too."""
+    processor = AutoProcessor.from_pretrained(start)
+    model = LlavaForConditionalGeneration.from_pretrained(start)
+    phrases = dict.fromkeys([*filter(None, family.prompt("\0").split("\0")), *family.phrases])
+    processor.tokenizer.add_tokens([AddedToken(p, normalized=False) for p in phrases])
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    return processor, model
 
 
 def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGeneration:
@@ -174,25 +336,22 @@ def waves(values: torch.Tensor, width: int, longest: float) -> torch.Tensor:
     return torch.cat([phases.sin(), phases.cos()], 1)
 
 
-def make_batch(processor, prompt_ids, size: int, jitter: float, rng: random.Random) -> dict[str, torch.Tensor]:
-    """`size` fresh scenes with rough answers, right-padded; labels are -100 outside the answers."""
-    pixels, answers, asked = [], [], []
-    for _ in range(size):
-        scene = random_scene(rng)
-        present = [c for c, _ in scene]
-        absent = rng.random() < 0.2
-        category = rng.choice([c for c in CATEGORIES if c not in present] if absent else sorted(set(present)))
-        pixels.append(np.asarray(draw_scene(scene, rng)))
-        answers.append(rough_answer(category, [box for c, box in scene if c == category], jitter, rng))
-        asked.append(category)
-    answer_ids = [ids + [processor.tokenizer.eos_token_id] for ids in processor.tokenizer(answers)["input_ids"]]
-    length = max(len(prompt_ids[c]) + len(ids) for c, ids in zip(asked, answer_ids))
-    input_ids = torch.full((size, length), processor.tokenizer.pad_token_id)
-    labels = torch.full((size, length), -100)
-    for row, (category, ids) in enumerate(zip(asked, answer_ids)):
-        start = len(prompt_ids[category])
-        input_ids[row, : start + len(ids)] = torch.tensor(prompt_ids[category] + ids)
-        labels[row, start : start + len(ids)] = torch.tensor(ids)
+# ------------------------------------------------------------------------------------------------
+# Teaching.
+
+
+def make_batch(processor, prompt_ids, lessons: list[Lesson]) -> dict[str, torch.Tensor]:
+    """Lessons as what the model reads, right-padded; labels are -100 outside the answers."""
+    pictures, questions, answers = zip(*lessons)
+    starts = [prompt_ids(question, len(shown)) for question, shown in zip(questions, pictures)]
+    answer_ids = [ids + [processor.tokenizer.eos_token_id] for ids in processor.tokenizer(list(answers))["input_ids"]]
+    length = max(len(start) + len(ids) for start, ids in zip(starts, answer_ids))
+    input_ids = torch.full((len(lessons), length), processor.tokenizer.pad_token_id)
+    labels = torch.full((len(lessons), length), -100)
+    for row, (start, ids) in enumerate(zip(starts, answer_ids)):
+        input_ids[row, : len(start) + len(ids)] = torch.tensor(start + ids)
+        labels[row, len(start) : len(start) + len(ids)] = torch.tensor(ids)
+    pixels = [np.asarray(picture) for shown in pictures for picture in shown]
     return {"input_ids": input_ids, "pixel_values": to_pixel_values(pixels), "labels": labels}
 
 
@@ -201,46 +360,59 @@ def to_pixel_values(pixels: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def make_prompt_ids(processor) -> dict[str, list[int]]:
-    def rendered(category: str) -> str:
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt(category)}]}]
-        return processor.apply_chat_template(messages, add_generation_prompt=True)
+def make_prompt_ids(processor) -> Callable[[str, int], list[int]]:
+    """prompt_ids(question, number of pictures): what the processor makes of them; each is rendered once."""
 
-    expand = "<image>" * IMAGE_TOKENS
-    return {c: processor.tokenizer(rendered(c).replace("<image>", expand))["input_ids"] for c in CATEGORIES}
+    @functools.cache
+    def prompt_ids(question: str, pictures: int) -> list[int]:
+        content = [*[{"type": "image"}] * pictures, {"type": "text", "text": question}]
+        rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return processor.tokenizer(rendered.replace("<image>", "<image>" * IMAGE_TOKENS))["input_ids"]
+
+    return prompt_ids
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("family", nargs="?", choices=FAMILIES, default="detection")
+    parser.add_argument("--out", type=Path, help="default: the committed folder")
+    parser.add_argument("--start", type=Path, help="model to start from; default: the family's, as committed")
+    parser.add_argument("--steps", type=int, help="default: the family's")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help="default: the family's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    family, committed = FAMILIES[args.family], Path(__file__).parent
+    args.out = args.out or committed / family.folder
+    args.steps = args.steps or family.steps
+    scheduled = max(args.steps, family.schedule)
+    args.lr = args.lr or family.lr
 
-    processor = make_processor()
-    model = make_model(processor, args.seed)
+    started_from = {}
+    if family.start is None:
+        processor = make_processor()
+        model = make_model(processor, args.seed)
+    else:
+        start = args.start or committed / family.start
+        processor, model = continue_from(start, family, args.seed)
+        weights = (start / "model.safetensors").read_bytes()
+        started_from = {"started_from": start.name, "sha256": hashlib.sha256(weights).hexdigest()}
     prompt_ids = make_prompt_ids(processor)
     size = sum(p.numel() for p in model.parameters())
-    print(
-        f"{size:,} parameters, vocabulary {len(processor.tokenizer)}, prompts of {len(prompt_ids[CATEGORIES[0]])} tokens"
-    )
+    print(f"{size:,} parameters, vocabulary {len(processor.tokenizer)}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = 200
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: (
-            min(1.0, (s + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / args.steps))))
-        ),
+        lambda s: min(1.0, (s + 1) / warm_up) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / scheduled)))),
     )
-    rng, start, smooth = random.Random(f"warm start {args.seed}"), time.time(), None
+    rng, began, smooth = random.Random(f"warm start {args.seed}"), time.time(), None
     for step in range(1, args.steps + 1):
         # Noise in the labels slows learning down; it is only needed in the end, as spread for the sampler.
-        jitter = JITTER[0] + (JITTER[1] - JITTER[0]) * step / args.steps
-        batch = make_batch(processor, prompt_ids, args.batch, jitter, rng)
+        jitter = JITTER[0] + (JITTER[1] - JITTER[0]) * step / scheduled
+        batch = make_batch(processor, prompt_ids, [family.lesson(rng, jitter) for _ in range(args.batch)])
         labels = batch.pop("labels")
-        keep = labels.shape[1] - min(len(ids) for ids in prompt_ids.values()) + 1  # no logits for the prompt
+        keep = labels.shape[1] - int((labels >= 0).any(0).int().argmax()) + 1  # no logits for the prompt
         logits = model(**batch, logits_to_keep=keep).logits
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, -keep + 1 :].flatten(), ignore_index=-100
@@ -252,21 +424,22 @@ def main() -> None:
         optimizer.zero_grad()
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         if step % 250 == 0 or step == 1:
-            print(f"step {step:5d}  loss {smooth:.4f}  {time.time() - start:6.0f} s", flush=True)
+            print(f"step {step:5d}  loss {smooth:.4f}  {time.time() - began:6.0f} s", flush=True)
             model.save_pretrained(args.out)
     model.eval().save_pretrained(args.out)
     processor.save_pretrained(args.out)
     record = {
-        "prompt": prompt("{category}"),
-        "transforms": TRANSFORMS,
-        "jitter": JITTER,
+        "prompt": family.prompt(f"{{{family.asked}}}"),
+        **family.flaw,
+        **started_from,
         "steps": args.steps,
+        "schedule": scheduled,
         "batch": args.batch,
         "lr": args.lr,
         "seed": args.seed,
     }
     (args.out / "warm_start.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"saved {args.out} after {time.time() - start:.0f} s")
+    print(f"saved {args.out} after {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
