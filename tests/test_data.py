@@ -18,6 +18,9 @@ from data import DataError, Example, Fit
 from rewards import box_iou, iou_reward
 
 
+COCO = data.TASKS["coco"]
+
+
 @pytest.fixture
 def coco(tmp_path):
     """Three pictures; dog in 1 and 2, cat in 2, a crowd of dogs in 3, a category without any picture."""
@@ -47,13 +50,17 @@ def coco(tmp_path):
     return SimpleNamespace(root=tmp_path, file=file, write=write, images=tmp_path / "train2017")
 
 
+def read(root, split: str = "train", **flags):
+    return data.read_coco(str(root), split, data.Choice(**flags))
+
+
 def by_id(examples):
     return {e.id: e for e in examples}
 
 
 def test_one_example_per_image_and_category(coco):
     """[25] Crowds are no targets but are kept for the score; categories without a picture are named."""
-    examples, notes = data.read_coco(str(coco.root), "train")
+    examples, notes = read(coco.root)
     found = by_id(examples)
     assert set(found) == {"train/1/dog", "train/2/dog", "train/2/cat"}
     dog = found["train/1/dog"]
@@ -66,13 +73,13 @@ def test_one_example_per_image_and_category(coco):
 
 def test_files_may_lie_directly_in_the_folder(coco):
     coco.file.rename(coco.root / coco.file.name)
-    assert len(data.read_coco(str(coco.root), "train")[0]) == 3
+    assert len(read(coco.root)[0]) == 3
 
 
 def test_categories(coco):
-    assert set(by_id(data.read_coco(str(coco.root), "train", "cat")[0])) == {"train/2/cat"}
+    assert set(by_id(read(coco.root, categories="cat")[0])) == {"train/2/cat"}
     with pytest.raises(DataError, match="--categories: 'cats'.*cat"):
-        data.read_coco(str(coco.root), "train", "dog, cats")
+        read(coco.root, categories="dog, cats")
 
 
 @shared("coco_mini")
@@ -81,7 +88,7 @@ def test_named_splits():
     known = [
         c["name"] for c in json.loads((SHARED / "coco_mini" / "instances_train2017.json").read_text())["categories"]
     ]
-    novel, base, few = (data._wanted_categories(Path("x"), known, name) for name in ("novel15", "base65", "fewshot8"))
+    novel, base, few = (data.wanted_categories("x", known, name) for name in ("novel15", "base65", "fewshot8"))
     assert len(novel) == 15 and len(base) == 65 and len(few) == 8 and set(novel) | set(base) == set(known)
 
 
@@ -89,11 +96,11 @@ def test_shots_are_seeded_and_counted(tmp_path):
     from demo.shapes import write_split
 
     write_split(tmp_path, "train", 200, 0)
-    first, again, other = (data.read_coco(str(tmp_path), "train", shots=3, seed=seed)[0] for seed in (1, 1, 2))
+    first, again, other = (read(tmp_path, shots=3, seed=seed)[0] for seed in (1, 1, 2))
     per_category = {c: sum(e.category == c for e in first) for c in {e.category for e in first}}
     assert set(per_category.values()) == {3} and len(per_category) == 12
     assert [e.id for e in first] == [e.id for e in again] != [e.id for e in other]
-    one = data.read_coco(str(tmp_path), "train", "red circle", shots=3, seed=1)[0]
+    one = read(tmp_path, categories="red circle", shots=3, seed=1)[0]
     assert {e.id for e in one} == {e.id for e in first if e.category == "red circle"}, (
         "a category's shots do not depend on the others asked"
     )
@@ -104,14 +111,12 @@ def test_negatives(tmp_path, share):
     from demo.shapes import write_split
 
     write_split(tmp_path, "train", 100, 0)
-    examples, _ = data.read_coco(str(tmp_path), "train", negatives=share, seed=3)
+    examples, _ = read(tmp_path, negatives=share, seed=3)
     absent = [e for e in examples if not e.solution]
     assert len(absent) / len(examples) == pytest.approx(share, abs=0.01)
     shown = {(e.image_id, e.category) for e in examples if e.solution}
     assert not any((e.image_id, e.category) in shown for e in absent)
-    assert [e.id for e in data.read_coco(str(tmp_path), "train", negatives=share, seed=3)[0]] == [
-        e.id for e in examples
-    ]
+    assert [e.id for e in read(tmp_path, negatives=share, seed=3)[0]] == [e.id for e in examples]
 
 
 def test_a_crowd_is_not_an_absence(coco):
@@ -119,7 +124,7 @@ def test_a_crowd_is_not_an_absence(coco):
         table["categories"] = table["categories"][:2]
         table["annotations"].append({"id": 6, "image_id": 3, "category_id": 9, "bbox": [0, 0, 5, 5], "iscrowd": 0})
 
-    examples, _ = data.read_coco(coco.write(one_category), "train", negatives=0.4)
+    examples, _ = read(coco.write(one_category), negatives=0.4)
     assert {e.id for e in examples if not e.solution} == {"train/1/cat"}, "picture 3 shows a crowd of dogs"
     assert by_id(examples)["train/3/cat"].solution == ((0, 0, 5, 5),)
 
@@ -151,33 +156,33 @@ BAD = {  # what is wrong: (change, what the error must name); the first group co
 def test_bad_annotations_are_named(coco, name):
     change, message = BAD[name]
     with pytest.raises(DataError, match=message):
-        data.read_coco(coco.write(change), "train")
+        read(coco.write(change))
 
 
 @pytest.mark.parametrize("name", list(BAD)[:5])
 def test_bad_images_can_be_skipped_and_are_counted(coco, name):
-    change, message = BAD[name]
-    everything = len(data.read_coco(str(coco.root), "train")[0])
-    examples, notes = data.read_coco(coco.write(change), "train", skip_bad_images=True)
+    change, _ = BAD[name]
+    everything = len(read(coco.root)[0])
+    examples, notes = read(coco.write(change), skip_bad_images=True)
     assert len(examples) <= everything and any("1 images skipped" in note for note in notes)
 
 
 def test_bad_files_are_named(coco):
     with pytest.raises(DataError, match=r"no such folder(.|\n)*annotations/instances_train2017.json"):
-        data.read_coco(str(coco.root / "nowhere"), "train")
+        read(coco.root / "nowhere")
     with pytest.raises(DataError, match="0 files instances_val"):
-        data.read_coco(str(coco.root), "val")
+        read(coco.root, "val")
     text = coco.file.read_text()
     coco.file.write_text(text[: len(text) // 2])
     with pytest.raises(DataError, match=r"instances_train2017.json: line 1, column \d+: not JSON"):
-        data.read_coco(str(coco.root), "train")
+        read(coco.root)
     coco.file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
-        data.read_coco(str(coco.root), "train")
+        read(coco.root)
     coco.file.write_text(text)
     coco.images.rename(coco.root / "elsewhere")
-    with pytest.raises(DataError, match="train2017: no such image folder"):
-        data.read_coco(str(coco.root), "train")
+    with pytest.raises(DataError, match="no folder train2017 or images"):
+        read(coco.root)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -316,62 +321,235 @@ def test_the_prompt_states_the_range_in_force():
 def test_ground_truth_written_as_an_answer_earns_everything(coordinates):
     example = Example("a", (Path("x"),), (640, 427), ((10.3, 20.7, 200.2, 300.9), (400, 5, 630.5, 420)), "dog")
     target = data.model_size(coordinates, (616, 420))
-    assert iou_reward(data.model_answer(example, target), data.model_solution(example, target)) > 0.98
-    assert (
-        data.model_answer(Example("a", (Path("x"),), (640, 427), (), "dog"), target)
-        == "<think></think><answer>No Objects</answer>"
-    )
+    assert iou_reward(data.model_answer(COCO, example, target), data.model_solution(example, target)) > 0.98
+    nothing = Example("a", (Path("x"),), (640, 427), (), "dog")
+    assert data.model_answer(COCO, nothing, target) == "<think></think><answer>No Objects</answer>"
+
+
+SIZES = [(640, 427), (427, 640), (1920, 1080), (3000, 4000), (56, 56), (101, 997), (2000, 60), (30, 1500), (777, 778), (1, 150)]  # fmt: skip
+
+
+@shared("qwen2_5_vl_processor")
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_qwen2_5_vl_coordinates_are_pixels_of_what_the_processor_passes_on(size, tmp_path):
+    """A white rectangle drawn at a box is found again, in the pixels that the real processor makes, at to_model(box),
+    and to_pixels leads back to where it was drawn."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    settings = json.loads((SHARED / "qwen2_5_vl_processor" / "preprocessor_config.json").read_text())
+    processor = Qwen2VLImageProcessorPil(**{k: v for k, v in settings.items() if not k.endswith(("type", "class"))})
+    fit = data.image_fit(processor, 401408, 3136)
+    data.check_fit(processor, fit)
+    family = json.loads((SHARED / "qwen2_5_vl_processor" / "config.json").read_text())["model_type"]
+    width, height = size
+    box = (width // 4, height // 3, max(width // 4 + 1, 3 * width // 4), max(height // 3 + 1, 7 * height // 8))
+    picture = Image.new("RGB", size)
+    picture.paste("white", box)
+    picture.save(tmp_path / "a.png")
+    example = Example("a", (tmp_path / "a.png",), size, (box,), "rectangle")
+    (seen,) = data.open_images(example, fit)
+    made = processor(images=[seen], return_tensors="np")
+    _, rows, columns = made["image_grid_thw"][0].tolist()
+    assert (columns * 14, rows * 14) == seen.size, "the processor does not resize"
+    target = data.model_size(data.COORDINATES_OF_FAMILY[family], seen.size)
+    assert target == seen.size
+    # [rows/2, columns/2, 2, 2, channel, frame, 14, 14]: patches in merged blocks of 2 x 2
+    patches = made["pixel_values"].reshape(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, 0, 0]
+    gray = patches.transpose(0, 2, 4, 1, 3, 5).reshape(rows * 14, columns * 14)
+    found = Image.fromarray(gray > (gray.min() + gray.max()) / 2).getbbox()
+    (expected,) = data.model_solution(example, target)
+    assert found == pytest.approx(expected, abs=1.0), "half a pixel, and the edge that resizing blurs"
+    assert data.to_pixels(expected, size, target) == pytest.approx(box)
+    assert COCO.question(example, seen.size, "pixels", True)[0].count(f"{seen.width} wide and {seen.height} high") == 1
+
+
+def test_coordinates_of_families_that_exist():
+    """Names of transformers' model types: a misspelled one would never be found."""
+    from transformers import CONFIG_MAPPING
+
+    assert set(data.COORDINATES_OF_FAMILY) <= set(CONFIG_MAPPING.keys())
+    assert {f for f, convention in data.COORDINATES_OF_FAMILY.items() if convention == "pixels"} == {"qwen2_5_vl"}
 
 
 # ------------------------------------------------------------------------------------------------
-# The released tables.
+# Rows: released tables, JSON and JSON lines.
 
 PROBLEM = "Detect all objects belonging to the category 'dog' in the image, with boxes between 0 and 1000."
+BOXES = "<answer>[{'Position': [100, 200, 500, 800], 'Confidence': 1}]</answer>"
 
 
-@pytest.fixture(params=["parquet", "save_to_disk"])
+@pytest.fixture(params=["parquet", "folder of parquet", "save_to_disk"])
 def released(request, tmp_path):
+    """write(row) makes a table of a good row and the same one with changes; returns what --data would be."""
     datasets = pytest.importorskip("datasets")
 
     def write(**change) -> str:
-        picture = Image.new("RGB", (200, 100), "white")
-        row = {
-            "image": picture,
-            "problem": PROBLEM,
-            "solution": "<answer>[{'Position': [100, 200, 500, 800], 'Confidence': 1}]</answer>",
-        }
+        row = {"image": Image.new("RGB", (200, 100), "white"), "problem": PROBLEM, "solution": BOXES}
         rows = [row, {**row, "solution": "<answer>No Objects</answer>"} | change]
-        table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()) if "image" in rows[1] else None
-        target = tmp_path / "data"
+        rows = [{k: v for k, v in row.items() if v != "remove"} for row in rows]
+        table = datasets.Dataset.from_list(rows)
         if request.param == "parquet":
-            table.to_parquet(str(target) + ".parquet")
-            return str(target) + ".parquet"
-        datasets.DatasetDict({"train": table}).save_to_disk(str(target))
-        return str(target)
+            table.to_parquet(str(tmp_path / "data.parquet"))
+            return str(tmp_path / "data.parquet")
+        if request.param == "folder of parquet":
+            (tmp_path / "repository" / "data").mkdir(parents=True)
+            table.to_parquet(str(tmp_path / "repository" / "data" / "train-00000-of-00001.parquet"))
+            return str(tmp_path / "repository")
+        datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "data"))
+        return str(tmp_path / "data")
 
     return write
 
 
+def rows(source, task="coco", split="train", **flags):
+    return data.load_examples(data.TASKS[task], str(source), split, **flags)
+
+
 def test_released_rows(released):
     """Their own prompts and their 0..1000 are kept, for a model family that speaks pixels too."""
-    (first, second), notes = data.TASKS["coco"].read(released(), "train")
-    assert (
-        first.solution == ((20, 20, 100, 80),)
-        and first.size == (200, 100)
-        and first.category == "dog"
-        and second.solution == ()
-    )
-    question, target = data.TASKS["coco"].question(first, (196, 112), "pixels", True)
+    (first, second), _ = rows(released())
+    assert first.solution == ((20, 20, 100, 80),) and first.size == (200, 100)
+    assert first.category == "dog" and second.solution == ()
+    question, target = COCO.question(first, (196, 112), "pixels", True)
     assert question == PROBLEM and target == (1000, 1000)
-    assert data.model_solution(first, target) == [pytest.approx((100, 200, 500, 800))]
+    assert data.model_solution(first, target) == (pytest.approx((100, 200, 500, 800)),)
     assert data.open_images(first, Fit(28, 3136, 401408))[0].size == (196, 112)
 
 
-def test_released_rows_that_do_not_fit_are_named(released):
-    with pytest.raises(DataError, match="row 1 has solution.*expected <answer>"):
-        data.TASKS["coco"].read(released(solution="a dog"), "train")
-    examples, notes = data.TASKS["coco"].read(released(solution="a dog"), "train", skip_bad_images=True)
-    assert len(examples) == 1 and "1 rows skipped" in notes[0]
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"solution": "a dog"}, r"row 1: solution 'a dog': expected <answer>\[.*No Objects.*the row is.*'problem'"),
+        ({"solution": BOXES.replace("500", "1200")}, "row 1: lies outside the image"),
+        ({"image": None}, "row 1: one of image, image_path and images expected"),
+        ({"problem": None}, "row 1: A row has image"),
+    ],
+)
+def test_released_rows_that_do_not_fit_are_shown_and_can_be_skipped(released, change, message):
+    source = released(**change)
+    with pytest.raises(DataError, match=message):
+        rows(source)
+    examples, notes = rows(source, skip_bad_images=True)
+    assert len(examples) == 1 and any("1 rows skipped" in note for note in notes)
+
+
+def test_a_table_without_the_split_says_what_it_has(released):
+    source = released()
+    if Path(source).is_file():
+        assert any("has no splits: all its rows are evaluated" in note for note in rows(source, split="val")[1])
+    else:
+        with pytest.raises(DataError, match="no split val or validation or test. It has train.*--eval_data"):
+            rows(source, split="val")
+
+
+def test_a_hub_name_is_read_as_a_table_is(monkeypatch):
+    """The hub itself is not asked here; what has the form owner/name, and is no path, goes to it."""
+    datasets = pytest.importorskip("datasets")
+    row = {"image": Image.new("RGB", (200, 100)), "problem": PROBLEM, "solution": BOXES}
+    table = datasets.DatasetDict({"train": datasets.Dataset.from_list([row])})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"laolao77/ViRFT_COCO": table}[name])
+    (example,), notes = rows(COCO.hub_data)
+    assert example.id == "laolao77/ViRFT_COCO/0" and example.solution == ((20, 20, 100, 80),)
+    assert not data.is_table("rows.jsonl") and not data.is_table("a/b/c") and not data.is_table(".")
+
+
+def test_tables_of_several_images_and_of_classes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.new("RGB", (30 + i, 20), "white") for i in range(3)]
+    table = datasets.Dataset.from_list(
+        [{"images": pictures, "problem": "Which?", "solution": "<answer>tiger lily</answer>"}]
+    )
+    table = table.cast_column("images", datasets.List(datasets.Image()))
+    table.to_parquet(str(tmp_path / "t.parquet"))
+    (example,), _ = rows(tmp_path / "t.parquet", "flowers")
+    assert example.solution == "tiger lily" == example.category
+    assert [image.size for image in data.open_images(example, Fit(1, 1, 10**6))] == [(30, 20), (31, 20), (32, 20)]
+    assert "t.parquet: row 0, images[2]" in str(example.images[2])
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """write(*rows) -> a JSON lines file beside 200 x 100 pictures a.png and b.png; its rows default to a good one."""
+    for name in "ab":
+        Image.new("RGB", (200, 100), "white").save(tmp_path / f"{name}.png")
+
+    def write(*changes, name="rows.jsonl") -> Path:
+        good = {"image": "a.png", "problem": "Find the dogs.", "solution": [[20, 20, 100, 80]], "coords": "pixels"}
+        table = [{k: v for k, v in (good | change).items() if v != "remove"} for change in changes]
+        text = json.dumps(table) if name.endswith(".json") else "\n".join(map(json.dumps, table))
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_json_rows_declare_their_coordinates(lines, name):
+    """Pixels become what the model speaks, and the prompt says so; 0..1000 stays, and the prompt is left alone."""
+    source = lines({}, {"coords": 1000}, {"coords": "1000", "solution": "No Objects"}, {"category": "cat"}, name=name)
+    (pixels, thousand, none, named), _ = rows(source)
+    assert pixels.solution == ((20, 20, 100, 80),) and thousand.solution == ((4, 2, 20, 8),) and none.solution == ()
+    assert named.category == "cat" and pixels.category == "object"
+    for coordinates, seen, expected in (("relative", (196, 112), (1000, 1000)), ("pixels", (196, 112), (196, 112))):
+        question, target = COCO.question(pixels, seen, coordinates, True)
+        assert question.startswith("Find the dogs.\nCoordinates are integer") and target == expected
+        assert ("196 wide and 112 high" in question) == (coordinates == "pixels")
+        assert COCO.question(thousand, seen, coordinates, True) == ("Find the dogs.", (1000, 1000))
+    assert data.model_solution(pixels, (196, 112)) == (pytest.approx((19.6, 22.4, 98, 89.6)),)
+
+
+def test_rows_of_several_images(lines):
+    (example,), _ = rows(lines({"image": "remove", "images": ["a.png", "b.png"]}))
+    assert [path.name for path in example.images] == ["a.png", "b.png"]
+    assert len(data.open_images(example, Fit(28, 3136, 401408))) == 2
+
+
+BAD_ROWS = {  # what is wrong: (task, changes of the second row, what the error must say)
+    "no coordinates": ("coco", {"coords": "remove"}, 'line 2: boxes need coords: "pixels" or coords: 1000, found None'),
+    "other coordinates": ("coco", {"coords": "xywh"}, "line 2: boxes need coords.*found 'xywh'"),
+    "boxes of three": ("coco", {"solution": [[1, 2, 3]]}, r"line 2: solution '\[\[1, 2, 3\]\]': expected <answer>"),
+    "reversed box": ("coco", {"solution": [[100, 20, 20, 80]]}, "line 2: solution .*expected <answer>"),
+    "box outside": ("coco", {"solution": [[20, 20, 300, 80]]}, "line 2: lies outside the image"),
+    "no solution": ("coco", {"solution": "remove"}, "line 2: A row has image.*problem and solution"),
+    "no problem": ("coco", {"problem": "remove"}, "line 2: A row has image.*problem and solution"),
+    "no image": ("coco", {"image": "remove"}, "line 2: one of image, image_path and images expected"),
+    "two images": ("coco", {"image_path": "b.png"}, "line 2: one of image, image_path and images expected"),
+    "image not there": ("coco", {"image": "c.png"}, r"line 2: .*c\.png: no such image"),
+    "images not files": ("coco", {"image": "remove", "images": [1]}, "line 2: one of image, image_path and images"),
+    "two boxes": ("lisa", {"solution": [[1, 2, 3, 4]] * 2}, r"line 2: solution .*expected <answer>\(x1,y1\)"),
+    "no class": ("cars", {"solution": ["", "a"]}, "line 2: solution .*expected a class name"),
+    "not a row": ("coco", None, r"line 2: A row has image.*the row is \[1\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_rows_that_do_not_fit_are_shown_and_can_be_skipped(lines, name):
+    task, change, message = BAD_ROWS[name]
+    good = {"lisa": {"solution": [1, 2, 3, 4]}, "cars": {"solution": "a car"}}.get(task, {})
+    source = lines(good, good | (change or {}))
+    if change is None:
+        source.write_text(source.read_text().splitlines()[0] + "\n[1]")
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        rows(source, task)
+    examples, notes = rows(source, task, skip_bad_images=True)
+    assert len(examples) == 1 and any("1 rows skipped" in note for note in notes)
+
+
+def test_files_of_rows_that_do_not_read_are_named(lines, tmp_path):
+    source = lines({}, {})
+    source.write_text(source.read_text()[:-20])
+    with pytest.raises(DataError, match=r"rows\.jsonl: line 2: not JSON"):
+        rows(source)
+    (tmp_path / "rows.json").write_text('{"image": "a.png"}')
+    with pytest.raises(DataError, match=r"rows\.json: a list of rows expected"):
+        rows(tmp_path / "rows.json")
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        rows(tmp_path / "none.jsonl")
+    for flags in ({"shots": 2}, {"negatives": 0.1}):
+        with pytest.raises(DataError, match=f"--{next(iter(flags))} .*are chosen already"):
+            rows(lines({}), **flags)
+    with pytest.raises(DataError, match="--eval_categories all: the rows of .* are chosen already"):
+        rows(lines({}), split="val", eval_categories="all")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -381,7 +559,7 @@ def test_released_rows_that_do_not_fit_are_named(released):
 @shared("coco_mini")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_real_coco(split):
-    examples, notes = data.read_coco(str(SHARED / "coco_mini"), split)
+    examples, _ = read(SHARED / "coco_mini", split)
     table = json.loads((SHARED / "coco_mini" / f"instances_{split}2017.json").read_text())
     targets = {(a["image_id"], a["category_id"]) for a in table["annotations"] if not a.get("iscrowd")}
     assert {(e.image_id, e.category_id) for e in examples} == targets

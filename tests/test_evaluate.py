@@ -1,7 +1,9 @@
 """Scores: perfect answers score 1, known flaws lose what they must, files have COCO's format."""
 
 import json
+import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -9,23 +11,25 @@ from PIL import Image
 
 import data
 import evaluate
-from conftest import SHARED, shared
-from data import TASKS, Example
-from rewards import REWARDS, box_iou
+from data import TASKS, DataError, Example
+from rewards import REWARDS
 
 COCO = TASKS["coco"]
-REWARD_FUNCTIONS = {name: REWARDS[name] for name in COCO.rewards}
 
 
-def record(example: Example, text: str, target=(1000, 1000)) -> dict:
+def record(example: Example, text: str, target=(1000, 1000), task=COCO) -> dict:
+    """With the task's own rewards."""
     solution = data.model_solution(example, target)
-    return evaluate.record(
-        example, target, text, {name: reward(text, solution) for name, reward in REWARD_FUNCTIONS.items()}
-    )
+    rewards = {name: REWARDS[name](text, solution) for name in task.rewards}
+    return evaluate.record(task, example, target, text, rewards)
 
 
-def exact_answer(example: Example, target) -> str:
-    return f"<think>a</think><answer>{data.detection_answer(data.model_solution(example, target), digits=9)}</answer>"
+def exact_answer(example: Example, target=(1000, 1000), task=COCO) -> str:
+    return data.model_answer(task, example, target, digits=9)
+
+
+def ap(*records: dict) -> dict:
+    return evaluate.detection_scores(records)[0]
 
 
 def example(index: int, *boxes, category: str = "dog", size=(200, 100), **fields) -> Example:
@@ -48,79 +52,117 @@ ONE = [
 ]
 
 
-@shared("coco_mini")
-@pytest.mark.parametrize("coordinates", ["relative", "pixels"])
-def test_ground_truth_as_answers_scores_one_on_real_coco(coordinates):
-    """Unrounded: AP 1 and every reward 1. Rounded: at least what the rounding can cost, box by box."""
-    fit = data.Fit(28, 3136, 401408)
-    examples = data.read_coco(str(SHARED / "coco_mini"), "val")[0]
-    targets = {e.id: data.model_size(coordinates, fit.size(*e.size)) for e in examples}
-    exact = evaluate.scores([record(e, exact_answer(e, targets[e.id]), targets[e.id]) for e in examples], COCO)
-    assert exact["AP"] == pytest.approx(1.0) and exact["iou"] == pytest.approx(1.0) and exact["parsed"] == 1.0
-    rounded = evaluate.scores(
-        [
-            record(
-                e, f"<think>a</think><answer>{data.model_answer(e, targets[e.id], False)[8:-9]}</answer>", targets[e.id]
-            )
-            for e in examples
-        ],
-        COCO,
-    )
-    ious = [
-        box_iou(box, data.to_pixels(data.round_box(data.to_model(box, e.size, targets[e.id])), e.size, targets[e.id]))
-        for e in examples
-        for box in e.solution
-    ]
-    kept = sum(iou > 0.95 for iou in ious) / len(ious)
-    assert (
-        rounded["AP50"] >= sum(iou > 0.5 for iou in ious) / len(ious) - 0.02
-        and rounded["AP"] > kept - 0.05
-        and rounded["AP"] > 0.85
-    )
-
-
 def test_ap_of_known_flaws():
     """Against AP by hand: with recall sampled at 101 points, one of two boxes found is AP 51/101."""
     one = example(1, (10, 10, 60, 60), (100, 20, 180, 90))
     half = Example(**{**one.__dict__, "solution": one.solution[:1]})
-    found = evaluate.coco_ap([evaluate.record(one, (1000, 1000), exact_answer(half, (1000, 1000)), {})])
-    assert found["AP50"] == pytest.approx(51 / 101)
-    nothing = evaluate.coco_ap([evaluate.record(one, (1000, 1000), "<answer>No Objects</answer>", {})])
+    assert ap(record(one, exact_answer(half)))["AP50"] == pytest.approx(51 / 101)
+    nothing = ap(record(one, "<answer>No Objects</answer>"))
     assert nothing == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
-    malformed = evaluate.coco_ap([evaluate.record(one, (1000, 1000), "two dogs", {})])
-    assert malformed["AP"] == 0.0
+    assert ap(record(one, "two dogs"))["AP"] == 0.0
+    assert ap(record(example(2), "<answer>No Objects</answer>"))["AP"] == 0.0, "no target anywhere"
+
+
+def test_ap_is_what_pycocotools_prints(capsys):
+    """Our reading of its precisions against its own summary, on answers of every quality."""
+    from pycocotools.cocoeval import COCOeval
+
+    rng, seen = random.Random(0), []
+    summarize = COCOeval.accumulate
+    records = []
+    for index in range(30):
+        boxes = [(x, 10, x + 30, 60) for x in (0, 50, 100)[: rng.randrange(4)]]
+        e = example(index, *boxes, category=rng.choice(("dog", "cat")))
+        moved = [tuple(v + rng.gauss(0, 12) for v in box) for box in data.model_solution(e, (1000, 1000))]
+        moved += [(600, 600, 900, 900)] * (index % 3 == 0)
+        text = data.detection_answer(moved, [rng.random() for _ in moved], digits=3)
+        records.append(record(e, f"<answer>{text}</answer>"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(COCOeval, "accumulate", lambda self: (summarize(self), self.summarize(), seen.append(self.stats)))
+        overall, each = evaluate.detection_scores(records)
+    assert 0.05 < overall["AP"] < 0.95
+    assert [overall[name] for name in ("AP", "AP50", "AP75")] == pytest.approx(seen[0][:3].tolist())
+    for name in ("dog", "cat"):  # a category's AP is the AP of its records alone
+        assert each[name] == pytest.approx(ap(*(r for r in records if r["category"] == name)))
+    assert overall["AP"] == pytest.approx((each["dog"]["AP"] + each["cat"]["AP"]) / 2)
 
 
 def test_confidence_orders_detections():
     """A wrong box above the right one halves the precision; below it, it costs nothing."""
     for wrong, expected in ((0.9, 0.5), (0.1, 1.0)):
         text = data.detection_answer([(50, 100, 300, 600), (700, 700, 900, 900)], [0.5, wrong], digits=3)
-        found = evaluate.coco_ap(
-            [evaluate.record(example(1, (10, 10, 60, 60)), (1000, 1000), f"<answer>{text}</answer>", {})]
-        )
-        assert found["AP50"] == pytest.approx(expected)
+        assert ap(record(example(1, (10, 10, 60, 60)), f"<answer>{text}</answer>"))["AP50"] == pytest.approx(expected)
 
 
 def test_a_detection_in_a_crowd_is_not_an_error():
     """[25] The crowd region is neither a target nor background."""
     crowded = example(1, (10, 10, 60, 60), crowds=((100, 0, 200, 100),))
-    text = data.detection_answer([(50, 100, 300, 600), (600, 100, 800, 900)], [0.5, 0.9], digits=3)
-    found = evaluate.coco_ap([evaluate.record(crowded, (1000, 1000), f"<answer>{text}</answer>", {})])
-    assert found["AP50"] == pytest.approx(1.0)
-    open_field = evaluate.coco_ap(
-        [evaluate.record(example(1, (10, 10, 60, 60)), (1000, 1000), f"<answer>{text}</answer>", {})]
+    text = (
+        f"<answer>{data.detection_answer([(50, 100, 300, 600), (600, 100, 800, 900)], [0.5, 0.9], digits=3)}</answer>"
     )
-    assert open_field["AP50"] == pytest.approx(0.5)
+    assert ap(record(crowded, text))["AP50"] == pytest.approx(1.0)
+    assert ap(record(example(1, (10, 10, 60, 60)), text))["AP50"] == pytest.approx(0.5)
 
 
 def test_boxes_at_absent_categories_lower_ap():
-    absent = example(2)
-    box = "<answer>" + data.detection_answer([(50, 100, 300, 600)], [0.9]) + "</answer>"
-    right = record(
-        example(1, (10, 10, 60, 60)), exact_answer(example(1, (10, 10, 60, 60)), (1000, 1000)).replace("1}", "0.5}")
-    )
-    assert evaluate.coco_ap([right, record(absent, "<answer>No Objects</answer>")])["AP50"] == pytest.approx(1.0)
-    assert evaluate.coco_ap([right, record(absent, box)])["AP50"] == pytest.approx(0.5)
+    box = f"<answer>{data.detection_answer([(50, 100, 300, 600)], [0.9])}</answer>"
+    shown, absent = example(1, (10, 10, 60, 60)), example(2)
+    right = record(shown, exact_answer(shown).replace("1}", "0.5}"))
+    assert ap(right, record(absent, "<answer>No Objects</answer>"))["AP50"] == pytest.approx(1.0)
+    assert ap(right, record(absent, box))["AP50"] == pytest.approx(0.5)
+
+
+def flower(solution, text, index=0) -> dict:
+    name = data.class_of(solution)
+    return record(Example(str(index), (Path("x"),), None, solution, name), text, task=TASKS["flowers"])
+
+
+def test_classification_by_both_rules():
+    """The published substring rule pays what ours does not; per class by the first of the accepted names."""
+    records = [
+        flower("tiger lily", "<think>a</think><answer>Tiger_Lily.</answer>"),
+        flower("tiger lily", "<think>a</think><answer>lily</answer>"),
+        flower("tiger lily", "lily"),
+        flower(("rose", "dog rose"), "<think>a</think><answer>dog rose</answer>"),
+    ]
+    overall, each = evaluate.scores(records, TASKS["flowers"])
+    assert overall["accuracy"] == 0.5 and overall["published_accuracy"] == 1.0 and overall["parsed"] == 0.75
+    assert each["tiger lily"] == {
+        "accuracy": pytest.approx(1 / 3), "published_accuracy": 1.0, "parsed": pytest.approx(2 / 3), "answers": 3,
+    }  # fmt: skip
+    assert each["rose"]["accuracy"] == 1.0 and [r["name"] for r in records] == ["Tiger_Lily.", "lily", None, "dog rose"]
+
+
+def test_grounding_iou():
+    """Three answers by hand, in an image of 200 x 100: exact, half as wide, not parsed; then a wild one."""
+    e = Example("a", (Path("x"),), (200, 100), (0.0, 0.0, 100.0, 50.0), "the left one")
+
+    def answered(text):
+        return record(e, f"<think>a</think><answer>{text}</answer>", task=TASKS["lisa"])
+
+    records = [answered("(0,0),(500,500)"), answered("(0,0),(250,500)"), answered("left")]
+    overall, each = evaluate.scores(records, TASKS["lisa"])
+    assert each == {} and overall["parsed"] == pytest.approx(2 / 3) and records[1]["box"] == (0, 0, 50, 50)
+    assert overall["mean_iou"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert overall["cumulative_iou"] == pytest.approx((5000 + 2500 + 0) / (5000 + 5000 + 5000))
+    assert overall["iou_above_0.5"] == pytest.approx(1 / 3), "0.5 is not above it"
+    wild, _ = evaluate.scores([*records, answered("(-1e300,0),(1e300,1000)")], TASKS["lisa"])
+    assert wild["cumulative_iou"] == pytest.approx((5000 + 2500 + 0 + 5000) / (5000 * 3 + 20000))
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_protocol_stands_beside_every_score(task):
+    for asked in evaluate.ASKED:
+        stated = evaluate.protocol_of(task, asked)
+        assert ("--eval_categories" in stated) == (task.metric == "detection") and task.caveat in stated
+        assert f"--eval_categories {asked}" in stated or task.metric != "detection"
+    overall = {"accuracy": 0.5, "parsed": 0.25}
+    each = {f"class {i}": {"accuracy": 0.125, "parsed": 0.5, "answers": 2} for i in range(30)}
+    text = evaluate.report(overall, each, 60, stated)
+    assert stated in text and "60 answers, 25.0% of them parsed" in text and "accuracy 0.5000" in text
+    assert "class 19" in text and "class 20" not in text and "10 categories more, in scores.json" in text
+    assert re.search(r"class 0 +accuracy 0.1250   parsed 0.5000   answers 2", text)
+    assert "federated" in evaluate.protocol_of(TASKS["lvis"], "gt")
 
 
 def test_shares():
@@ -137,15 +179,16 @@ def test_files(tmp_path):
     for e in ONE:
         Image.new("RGB", e.size, "white").save(tmp_path / f"{e.image_id}.png")
     examples = [Example(**{**e.__dict__, "images": (tmp_path / f"{e.image_id}.png",)}) for e in ONE]
-    records = [{"row": row} | record(e, exact_answer(e, (1000, 1000))) for row, e in enumerate(examples)]
-    evaluate.write_evaluation(tmp_path / "out", records, evaluate.scores(records, COCO), examples)
+    records = [{"row": row} | record(e, exact_answer(e)) for row, e in enumerate(examples)]
+    evaluate.write_evaluation(tmp_path / "out", COCO, "as asked", records, *evaluate.scores(records, COCO), examples)
     results = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {frozenset(r) for r in results} == {frozenset({"image_id", "category_id", "bbox", "score"})} and len(
         results
     ) == 4
     assert results[0]["bbox"] == pytest.approx([10, 10, 50, 50]) and results[-1]["category_id"] == 9
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert scores["AP"] == pytest.approx(1.0) and "pairs asked" in scores["protocol"] and scores["answers"] == 3
+    assert scores["AP"] == pytest.approx(1.0) and scores["protocol"] == "as asked" and scores["answers"] == 3
+    assert scores["categories"]["dog"]["answers"] == 2 and scores["categories"]["cat"]["parsed"] == 1.0
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 3
     assert len(list((tmp_path / "out" / "pictures").glob("*.png"))) == 3
 
@@ -153,7 +196,7 @@ def test_files(tmp_path):
 def test_boxes_are_drawn_where_they_are(tmp_path):
     path = tmp_path / "drawn.png"
     answer = {"solution": [[10, 10, 60, 60]], "detections": [[[100, 20, 180, 90], 0.5]], "category": "dog"}
-    evaluate.draw_boxes(Image.new("RGB", (200, 100), (0, 90, 0)), answer, path, least_side=100)
+    evaluate.draw_record(COCO, Image.new("RGB", (200, 100), (0, 90, 0)), answer, path, least_side=100)
     with Image.open(path) as picture:
         assert picture.size == (200, 124)
         assert picture.getpixel((12, 24 + 40)) != (0, 90, 0) and picture.getpixel((101, 24 + 60)) == (255, 0, 255)
@@ -164,13 +207,99 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
 def test_wild_numbers_are_drawn_at_the_edge(tmp_path, far):
     detections = [[[min(0.0, far), 0.0, max(1.0, far), 50.0], 0.5], [[far - 1, far - 1, far, far], 0.5]]
     answer = {"solution": [], "detections": detections, "category": "dog"}
-    evaluate.draw_boxes(Image.new("RGB", (200, 100)), answer, tmp_path / "drawn.png")
+    evaluate.draw_record(COCO, Image.new("RGB", (200, 100)), answer, tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").exists()
+
+
+@pytest.mark.parametrize("name", ["lisa", "flowers", "rows"])
+def test_answers_of_other_kinds_are_drawn(tmp_path, name):
+    """Grounding: both boxes; names: none, also where the solution is four numbers that are no box."""
+    task = TASKS[name]
+    solution, text = {
+        "lisa": ((10.0, 10.0, 60.0, 60.0), "(500,200),(900,900)"),
+        "flowers": ("tiger lily", "lily"),
+        "rows": ([10, 10, 60, 60], "7"),
+    }[name]
+    e = Example("a", (Path("x"),), (200, 100) if task.boxes else None, solution, "asked")
+    r = evaluate.record(task, e, (1000, 1000), f"<answer>{text}</answer>", {})
+    evaluate.draw_record(
+        task, Image.new("RGB", e.size or (200, 100), (0, 90, 0)), r, tmp_path / "a.png", least_side=100
+    )
+    with Image.open(tmp_path / "a.png") as picture:
+        drawn = [picture.getpixel((12, 24 + 40)) != (0, 90, 0), picture.getpixel((101, 24 + 60)) == (255, 0, 255)]
+    assert drawn == [task.boxes, task.boxes]
 
 
 def test_nothing_to_evaluate_is_an_error():
     with pytest.raises(data.DataError, match="no image could be opened"):
         evaluate.scores([], COCO)
+
+
+# ------------------------------------------------------------------------------------------------
+# Interrupted evaluations.
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """A folder with the answers to rows 0 to 4 of 6 in a file and two shards, one of them ending in half a line."""
+    examples = [example(i, (10, 10, 60, 60)) for i in range(6)]
+    records = [{"row": i} | record(e, exact_answer(e)) for i, e in enumerate(examples)]
+    evaluate.append_rows(tmp_path / "predictions.jsonl", records[:2])
+    evaluate.append_rows(evaluate.own_predictions(tmp_path, 0), records[2:4])
+    evaluate.append_rows(evaluate.own_predictions(tmp_path, 1), [records[4]])
+    with evaluate.own_predictions(tmp_path, 1).open("a") as half:
+        half.write(json.dumps(records[5])[:100])
+    return tmp_path, examples, records
+
+
+def test_answers_of_all_processes_are_recovered(interrupted):
+    out, examples, records = interrupted
+    found = evaluate.recover(out, examples)
+    assert [r["row"] for r in found] == [0, 1, 2, 3, 4] and found == json.loads(json.dumps(records[:5]))
+    assert [p.name for p in out.glob("predictions*")] == ["predictions.jsonl"]
+    assert evaluate.recover(out, examples) == found, "and again from the one file"
+    assert evaluate.scores(found, COCO)[0]["AP"] == pytest.approx(1.0), "as good as fresh ones"
+
+
+def test_answers_to_other_questions_are_not(interrupted):
+    out, examples, _ = interrupted
+    other = [*examples[:3], example(3, (10, 10, 61, 60)), *examples[4:]]
+    for changed in (other, examples[:4]):
+        with pytest.raises(DataError, match="answer other questions, the data changed; --overwrite true"):
+            evaluate.recover(out, changed)
+
+
+def test_a_broken_line_in_the_middle_is_named(interrupted):
+    out, examples, _ = interrupted
+    evaluate.append_rows(evaluate.own_predictions(out, 1), [{"row": 5}])
+    with pytest.raises(DataError, match=r"predictions\.1\.jsonl: a line in the middle is not JSON"):
+        evaluate.recover(out, examples)
+
+
+def test_only_the_same_settings_and_model_go_on(tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    for folder in (model, out):
+        folder.mkdir()
+    mine = tmp_path / "mine.py"
+    for file in (mine, model / "weights"):
+        file.write_text("1")
+        os.utime(file, (1, 1))
+    settings = {"model": str(model), "eval_only": True, "max_pixels": 100, "workers": 2, "rewards": [f"{mine}:f=1"]}
+    assert not evaluate.unfinished(out, settings), "nothing there"
+    (out / "config.json").write_text(json.dumps(settings))
+    assert evaluate.unfinished(out, settings) and evaluate.unfinished(out, settings | {"workers": 0, "overwrite": True})
+    for change in ({"max_pixels": 200}, {"rewards": []}, {"eval_only": False}, {"model": "another"}):
+        assert not evaluate.unfinished(out, settings | change), change
+    (out / "config.json").write_text(json.dumps(settings | {"eval_only": False}))
+    assert not evaluate.unfinished(out, settings | {"eval_only": False}), "a training is not an evaluation"
+    (out / "config.json").write_text(json.dumps(settings))
+    for file in (mine, model / "weights"):
+        os.utime(file, (2**33, 2**33))
+        assert not evaluate.unfinished(out, settings), "a model trained since is another model, and so with a reward"
+        os.utime(file, (1, 1))
+    assert evaluate.unfinished(out, settings)
+    (out / "scores.json").write_text("{}")
+    assert not evaluate.unfinished(out, settings), "it is finished"
 
 
 def test_curves_draw_whatever_was_logged(tmp_path):
@@ -183,3 +312,34 @@ def test_curves_draw_whatever_was_logged(tmp_path):
     evaluate.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 800
+
+
+def test_every_doubt_can_be_raised_and_none_without_reason():
+    good = {
+        "parsed": 1.0, "truncated": 0.0, "empty_think": 0.0, "no_objects": 0.1, "true_no_objects": 0.1, "zero_variance_groups": 0.2,
+        "iou as relative": 0.5, "iou as pixels": 0.1,
+    }  # fmt: skip
+    assert evaluate.doubts(good, "relative") == []
+    for change, says in (
+        ({"parsed": 0.4}, "do not parse"), ({"truncated": 0.3}, "--max_completion_tokens"), ({"empty_think": 1.0}, "--think false"),
+        ({"no_objects": 0.5}, "collapse"), ({"zero_variance_groups": 0.9}, "--group_size"), ({"iou as pixels": 0.7}, "--coordinates pixels"),
+        ({"iou as relative": 0.05, "iou as pixels": 0.05}, "neither"),
+    ):  # fmt: skip
+        (doubt,) = evaluate.doubts(good | change, "relative")
+        assert says in doubt
+    assert "--coordinates relative" in evaluate.doubts(good, "pixels")[0]
+    assert evaluate.doubts({name: value for name, value in good.items() if "iou" not in name}, "relative") == []
+
+
+def test_box_fit_tells_the_conventions_apart():
+    """A perfect answer in 0..1000 about a 200 x 100 picture that is seen as 200 x 100, and one half as wide in pixels."""
+    fit, task, (x1, y1, x2, y2) = data.Fit(1, 1, 10**6), TASKS["coco"], (20.0, 10.0, 120.0, 60.0)
+    prompt = data.Prompt(example(0, (x1, y1, x2, y2)), {}, (1000, 1000), [], 0)
+
+    def text(*box):
+        return f"<think>a</think><answer>[{{'Position': {list(box)}, 'Confidence': 1}}]</answer>"
+
+    relative, pixels = text(100, 100, 600, 600), text(20, 10, 70, 60)
+    assert evaluate.box_fit([prompt], [relative], task, fit, "relative") == pytest.approx(1.0)
+    assert evaluate.box_fit([prompt], [relative], task, fit, "pixels") == 0.0
+    assert evaluate.box_fit([prompt], [pixels, "no boxes"], task, fit, "pixels") == pytest.approx(0.25)
