@@ -14,7 +14,8 @@ program can check: the IoU of boxes, their confidence, a class name, the answer'
 What differs from the paper and its released code, and why:
 
   - A prompt and its image are encoded once per group, not G times, in sampling, in the reference pass and in
-    training: `prefill` runs the prompt, `branch` continues it G times from the same cache, which carries gradients.
+    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies, which carry gradients.
+    Only where a model's cache cannot carry them (linear attention) scoring and training repeat the prompt.
   - We sample with our own loop, because `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1,
     G identical answers), and sampler and scorer must be one distribution.
   - Coordinates, rewards and their edge cases are stated and tested: see data.py and rewards.py.
@@ -24,14 +25,16 @@ What differs from the paper and its released code, and why:
     accelerate launch virft.py --task coco --data DIR --model NAME --eval_only true
     bash run.sh                                                          # offline demo, no GPU
 
-A new reward goes into rewards.py (REWARDS), a new task into data.py (TASKS), a score into evaluate.py; a new setting
-into Config below, a new metric of training into `rollout_metrics`.
+A new reward goes into rewards.py (REWARDS), a new task into data.py (TASKS), a score into evaluate.py; what families of
+models differ in, loading, adapters, shards and checkpoints into models.py; a new setting into Config below, a new
+metric of training into `rollout_metrics`.
 
 Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary, and
 N = B * G rows, which are grouped: prompt 0 completion 0, prompt 0 completion 1, ...
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -42,6 +45,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,18 +53,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
-from transformers.utils import is_flash_attn_2_available
+from transformers import AutoConfig, HfArgumentParser
 
 import data
 import evaluate
-from data import DataError, Example, Prompt, Prompts
-from rewards import choose_rewards
+import models
+from data import CATEGORY_SPLITS, DataError, Example, Prompt, Prompts
+from models import Checkpoint, next_position, repeated_logits, shares_prompt, told_positions
+from rewards import choose_rewards, reward_weights
 
 
 def option(default: Any, help: str) -> Any:
@@ -84,7 +90,9 @@ class Config:
     overwrite: bool = option(False, "replace an existing run folder")
 
     # Examples
-    categories: str | None = option(None, "categories, separated by commas, or novel15, base65, fewshot8; default all")
+    categories: str | None = option(
+        None, f"categories, separated by commas, or base65, {', '.join(CATEGORY_SPLITS)}; default all"
+    )
     shots: int | None = option(None, "few-shot: this many training images per category, chosen by seed")
     negatives: float = option(0.0, "share of examples that ask for an absent category (right answer: No Objects)")
     max_boxes: int | None = option(None, "leave out training examples with more boxes than this")
@@ -100,7 +108,9 @@ class Config:
     system_prompt: str | None = option(None, "system message before each question")
 
     # The algorithm
-    rewards: list[str] = option([], "rewards and weights, such as iou=1 brier=0.5 format=1; default: the task's")
+    rewards: list[str] = option(
+        [], "rewards and weights, such as iou=1 brier=0.5 my_rewards.py:my_reward=2; default: the task's"
+    )
     iou_threshold: float = option(0.5, "a box counts as found if its IoU is above this")
     group_size: int = option(8, "G, completions per prompt")
     max_completion_tokens: int = option(512, "a completion that has not ended by then is truncated")
@@ -123,11 +133,31 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     seed: int = option(0, "decides the order of examples and every sampled token")
 
+    # Memory and several GPUs
+    lora_rank: int = option(
+        0, "train adapters of this rank (peft, alpha = 2 x rank) on the language model; 0: the weights"
+    )
+    freeze_vision: bool = option(False, "train the language model only; with --lora_rank it is so anyway")
+    micro_batch: int = option(0, "completions scored at once, each chunk recomputed in the backward pass; 0: all")
+    shard: bool = option(
+        False, "share weights, gradients and optimizer out over the processes (FSDP2), not copy them (DDP)"
+    )
+
+    # Interruptions
+    save_every: int = option(0, "write a checkpoint every so many steps; 0: only when interrupted")
+    keep_last: int = option(2, "checkpoints that are kept, the newest ones")
+    resume: bool = option(False, "go on with the run in --out from its newest checkpoint")
+
     # Seeing what happens
     workers: int = option(2, "processes per GPU that open and resize images ahead of the step")
+    check: bool = option(False, "sample answers to 16 examples, say what looks wrong, train nothing, and stop")
     eval_only: bool = option(False, "evaluate --model on the validation split and stop")
     eval_every: int = option(0, "evaluate every so many steps; 0: never")
     eval_limit: int | None = option(None, "evaluate on this many examples, chosen by seed, instead of all")
+    eval_categories: str = option(
+        "gt",
+        "each image is asked for: gt, what it shows (and --negatives); all categories; listed: all of --categories",
+    )
     eval_batch: int = option(16, "prompts decoded at once in evaluation")
     picture_every: int = option(50, "draw a training answer every so many steps; 0: never")
     report_to: list[str] = option([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
@@ -139,36 +169,39 @@ class Config:
 
 
 class Prefix(NamedTuple):
-    """B prompts, encoded once, as the common beginning of B * G completions."""
+    """Encoded prompts, as the beginnings of completions: B rows from `prefill`, then N from `fork`."""
 
-    cache: Any  # keys and values of the prompts, repeated to B * G rows; it grows as `branch` feeds tokens
-    logits: Tensor  # [B * G, V], predicting each completion's first token
-    mask: Tensor  # [B * G, P], 0 on the left padding
-    position: Tensor  # [B * G, 1] (or one such per rotary axis), position id of each completion's first token
+    cache: Any  # keys and values; grows as `branch` feeds tokens
+    logits: Tensor  # [N, V], predicting the next token
+    mask: Tensor  # [N, P], 0 on the left padding
+    position: Tensor  # [N, 1] (or one such per rotary axis), position id of the completion's first token
+    sight: dict[str, Tensor]  # with cross attention, [N, 1, ...]: which of the images a completion sees
 
 
-def prefill(model: nn.Module, inputs: dict[str, Tensor], group_size: int) -> Prefix:
-    """Run the B left-padded prompts and their images through the model once, and repeat the cache G times.
-
-    Repeating keys and values costs a copy; repeating prompts would cost G vision towers and G * P tokens. Gradients
-    flow from every completion through the cache into the one prompt, and on into the vision tower.
-    """
+def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
+    """Run the B left-padded prompts and their images through the model, once for all their completions."""
     mask = inputs["attention_mask"]  # [B, P]
-    position = mask.sum(1, keepdim=True)  # [B, 1], tokens before the completion, padding not counted
-    # Models with several rotary axes (Qwen-VL) derive positions from the image grids themselves, and note by how much
-    # the next position differs from the length; the others are told, because left padding would shift theirs.
-    several_axes = next((m for m in model.modules() if hasattr(m, "rope_deltas")), None)
-    told = {} if several_axes else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    out = model(**inputs, **told, use_cache=True, logits_to_keep=1)
-    if several_axes:
-        position = (position + several_axes.rope_deltas).expand(3, -1, -1)  # text advances alike on all three
-    out.past_key_values.batch_repeat_interleave(group_size)
-    logits, mask = (x.repeat_interleave(group_size, 0) for x in (out.logits[:, -1], mask))
-    return Prefix(out.past_key_values, logits, mask, position.repeat_interleave(group_size, -2))
+    out = model(**inputs, **told_positions(model, mask), use_cache=True, logits_to_keep=1)
+    # With cross attention the inputs say of each token which images it sees: a completion sees what the prompt's end sees.
+    sight = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
+    return Prefix(out.past_key_values, out.logits[:, -1], mask, next_position(model, mask), sight)
+
+
+def fork(prefix: Prefix, rows: Tensor) -> Prefix:
+    """A prefix of its own for every completion: that of completion i is row rows[i].
+
+    Copying keys and values is cheap; repeating prompts would cost G vision towers and G * P tokens. Gradients flow
+    from every completion through its copy into the one prompt, and on into the vision tower.
+    """
+    cache = copy.copy(prefix.cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.reorder_cache(rows)  # batch_select_indices would do it too, by an indexing that is 50 times slower
+    sight = {name: x[rows] for name, x in prefix.sight.items()}
+    return Prefix(cache, prefix.logits[rows], prefix.mask[rows], prefix.position[..., rows, :], sight)
 
 
 def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
-    """Feed n more tokens per completion, ids [B * G, n], after all that the cache holds; logits [B * G, n, V].
+    """Feed n more tokens per completion, ids [N, n], after all that the cache holds; logits [N, n, V].
 
     The same call decodes (n = 1) and scores (n = C - 1). Positions are passed, not left to what a model remembers.
     """
@@ -176,7 +209,8 @@ def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
     position = prefix.position + torch.arange(done, done + ids.shape[1], device=ids.device)
     mask = F.pad(prefix.mask, (0, done + ids.shape[1]), value=1)
     text = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-    return model(**text, past_key_values=prefix.cache, use_cache=True).logits
+    sight = {name: x.repeat_interleave(ids.shape[1], 1) for name, x in prefix.sight.items()}
+    return model(**text, **sight, past_key_values=prefix.cache, use_cache=True).logits
 
 
 def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
@@ -198,9 +232,9 @@ def sample(
     noise: uniform numbers in [0, 1), [B * G, max_tokens] float64, which decide the tokens; None takes the most
     probable token instead. Behind its first EOS a row is filled with EOS, which completion_mask leaves out.
     """
-    prefix = prefill(model, inputs, group_size)
-    logits, columns = prefix.logits, []
-    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    rows = torch.arange(len(inputs["input_ids"]) * group_size, device=eos.device)
+    prefix, going = fork(prefill(model, inputs), rows // group_size), rows  # going: the rows that have not ended
+    logits, ids = prefix.logits, eos[0].repeat(len(rows), max_tokens)
     for t in range(max_tokens):
         logp = log_distribution(logits, temperature, forbidden)
         if noise is None:
@@ -208,21 +242,21 @@ def sample(
         else:
             # The inverse of the cumulative distribution, in float64: float32 sums over 150,000 tokens lose the rare.
             cdf = logp.double().exp().cumsum(-1)
-            token = torch.searchsorted(cdf, noise[:, t, None] * cdf[:, -1:], right=True).squeeze(1)  # never on p = 0
-        token = torch.where(ended, eos[0], token)
-        columns.append(token)
-        ended = ended | torch.isin(token, eos)
-        if t + 1 == max_tokens or ended.all():
+            token = torch.searchsorted(cdf, noise[going, t, None] * cdf[:, -1:], right=True).squeeze(1)  # never p = 0
+        ids[going, t] = token
+        on = (~torch.isin(token, eos)).nonzero().squeeze(1)
+        if t + 1 == max_tokens or len(on) == 0:
             break
+        if len(on) < len(going):  # finished rows leave, so that the longest answer does not cost for all
+            prefix, going, token = fork(prefix, on), going[on], token[on]
         logits = branch(model, prefix, token[:, None])[:, -1]
-    return torch.stack(columns, 1)
+    return ids[:, : max(t + 1, 2)]  # two columns at least, so that all processes make the same calls when scoring
 
 
 def completion_mask(ids: Tensor, eos: Tensor) -> Tensor:
     """True up to and including the first EOS of each row, [B * G, C]: the EOS is trained, what follows is not."""
-    # By position, not by token value: where pad == eos, a mask by value would leave the EOS untrained.
     is_eos = torch.isin(ids, eos)
-    return (is_eos.cumsum(1) - is_eos.long()) == 0
+    return (is_eos.cumsum(1) - is_eos.long()) == 0  # by position: where pad == eos, a mask by value would drop the EOS
 
 
 def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
@@ -250,25 +284,38 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
 
     at_once = max(1, 2**25 // logits[0].numel())
     parts = [checkpoint(rows, a, b, use_reentrant=False) for a, b in zip(logits.split(at_once), ids.split(at_once))]
-    logp, entropy = zip(*parts)
-    return torch.cat(logp), torch.cat(entropy)
+    return tuple(torch.cat(part) for part in zip(*parts))
 
 
 class CompletionLogps(nn.Module):
-    """The log-probabilities of completions as one forward of one module, which is what DDP can wrap."""
+    """The log-probabilities of completions as one forward of one module, which is what DDP can wrap.
 
-    def __init__(self, model: nn.Module):
+    micro_batch: completions at once, 0 for all; chunks are recomputed in the backward pass, so memory holds one of them.
+    """
+
+    def __init__(self, model: nn.Module, micro_batch: int = 0):
         super().__init__()
-        self.model = model
+        self.model, self.micro_batch = model, micro_batch
 
     def forward(self, inputs: dict, ids: Tensor, group_size: int, temperature: float, forbidden: Tensor):
         """inputs: B prompts; ids [B * G, C]. Returns log pi_theta(o_t | q, o_<t) and entropy, both [B * G, C]."""
-        prefix = prefill(self.model, inputs, group_size)
-        first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # predicted by the prompt
-        if ids.shape[1] == 1:
-            return first
-        rest = token_logps(branch(self.model, prefix, ids[:, :-1]), ids[:, 1:], temperature, forbidden)
-        return tuple(torch.cat(pair, 1) for pair in zip(first, rest))
+        if not shares_prompt(self.model):
+            return token_logps(repeated_logits(self.model, inputs, ids, group_size), ids, temperature, forbidden)
+        prompts = prefill(self.model, inputs)
+
+        def score(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            prefix = fork(prompts, rows)
+            first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # predicted by the prompt
+            if ids.shape[1] == 1:
+                return first
+            rest = token_logps(branch(self.model, prefix, ids[:, :-1]), ids[:, 1:], temperature, forbidden)
+            return tuple(torch.cat(pair, 1) for pair in zip(first, rest))
+
+        rows = torch.arange(len(ids), device=ids.device) // group_size
+        if not 0 < self.micro_batch < len(ids):
+            return score(rows, ids)
+        chunks = zip(*(x.split(self.micro_batch) for x in (rows, ids)))
+        return tuple(map(torch.cat, zip(*(checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks))))
 
 
 def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
@@ -304,8 +351,7 @@ def grpo_loss(
     and whether the clip stopped the advantage's gradient.
     """
     counted = weights > 0
-    # Masked before exp: a wild value on padding would become inf, and inf * 0 is NaN.
-    rho = torch.where(counted, logp - logp_old, 0.0).exp()
+    rho = torch.where(counted, logp - logp_old, 0.0).exp()  # masked before exp: on padding, inf * 0 would be NaN
     A = advantages[:, None]
     unclipped, clipped = rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A
     # The minimum stops a change for the better at the edge, never one for the worse: with A < 0 and rho = 1.5 it is
@@ -314,6 +360,79 @@ def grpo_loss(
     reference = logp if logp_ref is None else logp_ref  # KL 0 without a reference
     kl = kl_to_reference(torch.where(counted, logp, 0.0), torch.where(counted, reference, 0.0))
     return (weights * (loss + beta * kl)).sum(), kl.detach(), (clipped < unclipped).detach()
+
+
+def rollout(run: "Run", prompts: list[Prompt], step: int) -> "Rollout":
+    """Items 2 to 4 of the method; a group lives on one process, so comparing needs no communication."""
+    cfg, G = run.cfg, run.cfg.group_size
+    with run.timer("sample"), torch.no_grad(), run.autocast(), run.gathered():
+        noise, inputs = run.noise(prompts, step), run.collate(prompts)
+        ids = sample(run.model, inputs, G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
+    mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
+    texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
+    parts = {
+        name: torch.tensor([reward(text, prompts[i // G].solution) for i, text in enumerate(texts)]).view(-1, G)
+        for name, (reward, _) in run.rewards.items()
+    }
+    rewards = sum(weight * parts[name] for name, (_, weight) in run.rewards.items())
+    advantages = group_advantages(rewards, scale=cfg.loss != "dr_grpo").flatten().to(run.device)
+    return Rollout(prompts, ids, mask, truncated, texts, parts, rewards, advantages)
+
+
+def update(run: "Run", ro: "Rollout", metrics: "Averages") -> None:
+    """Items 5 to 7: `inner_epochs` optimizer steps on one rollout, each over micro-batches of whole groups."""
+    cfg, G, processes = run.cfg, run.cfg.group_size, run.accelerator.num_processes
+    counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
+    weights, share = token_weights(counted, cfg.loss, cfg.max_completion_tokens)
+    divisor = run.accelerator.reduce(share.float(), "sum").clamp(min=1)
+    batches = []
+    for start in range(0, len(ro.prompts), cfg.prompts_per_forward):
+        rows = slice(start * G, (start + cfg.prompts_per_forward) * G)
+        C = max(2, int(ro.mask[rows].sum(1).max()))  # as long as the longest completion in it
+        at = (rows, slice(C))  # this micro-batch within the rollout's [N, C] tensors
+        batches.append((run.collate(ro.prompts[start : start + cfg.prompts_per_forward]), at))
+    logps_ref: list[Tensor | None] = [None] * len(batches)
+    if run.reference is not None:
+        with run.timer("reference"), torch.no_grad(), run.autocast():
+            logps_ref = [run.reference(inputs, ro.ids[at], G, **run.distribution)[0] for inputs, at in batches]
+    terms, logps_old = (cfg.eps_low, cfg.eps_high, cfg.beta), []
+    for epoch in range(cfg.inner_epochs):
+        for i, (inputs, at) in enumerate(batches):
+            with run.timer("train"), run.accumulate(last=i + 1 == len(batches)):
+                with run.autocast():
+                    logp, entropy = run.policy(inputs, ro.ids[at], G, **run.distribution)
+                if epoch == 0:
+                    # The policy has not moved since it sampled, so its own value is pi_old's: rho = 1. The "grpo" loss
+                    # is then about 0, as advantages add up to 0; its gradient, mean of -A grad log pi_theta, is not.
+                    logps_old.append(logp.detach())
+                A, w = ro.advantages[at[0]], weights[at]
+                loss, kl, clipped = grpo_loss(logp, logps_old[i], logps_ref[i], A, w, *terms)
+                loss = loss * processes / divisor  # DDP averages over processes; the divisor counts all of them
+                loss.backward()
+            metrics.add("loss", loss.detach(), 1 / len(batches))
+            metrics.add_tokens(counted[at], kl=kl, clip_fraction=clipped, entropy=entropy)
+        run.optimizer_step(metrics)
+
+
+# ================================================================================================
+# The machinery: from a command line to a run.
+
+
+class Averages(dict):
+    """Sums and counts by name, so that means stay exact over micro-batches and processes of unequal size."""
+
+    def add(self, name: str, total, count=1) -> None:
+        self[name] = self.get(name, 0.0) + torch.tensor([float(total), float(count)], dtype=torch.float64)
+
+    def add_tokens(self, counted: Tensor, **values: Tensor) -> None:
+        """Values per token, of which the counted ones count."""
+        for name, value in values.items():
+            self.add(name, value[counted].sum(), counted.sum())
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes, which must hold the same names."""
+        table = accelerator.reduce(torch.stack(list(self.values())).to(accelerator.device), "sum").tolist()
+        return {name: total / count if count > 0 else 0.0 for name, (total, count) in zip(self, table)}
 
 
 class Rollout(NamedTuple):
@@ -329,77 +448,6 @@ class Rollout(NamedTuple):
     advantages: Tensor  # [B * G]
 
 
-def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
-    """Items 2 to 4 of the method; a group lives on one process, so comparing needs no communication."""
-    cfg, G = run.cfg, run.cfg.group_size
-    with run.timer("sample"), torch.no_grad(), run.autocast():
-        keys = [f"{cfg.seed}/{step}/{p.slot}/{p.example.id}" for p in prompts]
-        noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
-        ids = sample(run.model, run.collate(prompts), G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
-    mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
-    texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
-    parts = {
-        name: torch.tensor([reward(text, prompts[i // G].solution) for i, text in enumerate(texts)]).view(-1, G)
-        for name, (reward, _) in run.rewards.items()
-    }
-    rewards = sum(weight * parts[name] for name, (_, weight) in run.rewards.items())
-    advantages = group_advantages(rewards, scale=cfg.loss != "dr_grpo").flatten().to(run.device)
-    return Rollout(prompts, ids, mask, truncated, texts, parts, rewards, advantages)
-
-
-def update(run: "Run", ro: Rollout, metrics: "Averages") -> None:
-    """Items 5 to 7: `inner_epochs` optimizer steps on one rollout, each over micro-batches of whole groups."""
-    cfg, G, processes = run.cfg, run.cfg.group_size, run.accelerator.num_processes
-    counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
-    weights, share = token_weights(counted, cfg.loss, cfg.max_completion_tokens)
-    divisor = run.accelerator.reduce(share.float(), "sum").clamp(min=1)
-    batches = []
-    for start in range(0, len(ro.prompts), cfg.prompts_per_forward):
-        rows = slice(start * G, (start + cfg.prompts_per_forward) * G)
-        C = int(ro.mask[rows].sum(1).max())  # a micro-batch is as long as its own longest completion
-        at = (rows, slice(C))  # this micro-batch within the rollout's [N, C] tensors
-        batches.append((run.collate(ro.prompts[start : start + cfg.prompts_per_forward]), at))
-    logps_ref: list[Tensor | None] = [None] * len(batches)
-    if run.reference is not None:
-        with run.timer("reference"), torch.no_grad(), run.autocast():
-            logps_ref = [run.reference(inputs, ro.ids[at], G, **run.distribution)[0] for inputs, at in batches]
-    terms, logps_old = {"eps_low": cfg.eps_low, "eps_high": cfg.eps_high, "beta": cfg.beta}, []
-    for epoch in range(cfg.inner_epochs):
-        for i, (inputs, at) in enumerate(batches):
-            with run.timer("train"), run.accumulate(last=i + 1 == len(batches)):
-                with run.autocast():
-                    logp, entropy = run.policy(inputs, ro.ids[at], G, **run.distribution)
-                if epoch == 0:
-                    # The policy has not moved since it sampled, so its own value is pi_old's: rho = 1. The "grpo" loss
-                    # is then about 0, as advantages add up to 0; its gradient, mean of -A grad log pi_theta, is not.
-                    logps_old.append(logp.detach())
-                loss, kl, clipped = grpo_loss(
-                    logp, logps_old[i], logps_ref[i], ro.advantages[at[0]], weights[at], **terms
-                )
-                loss = loss * processes / divisor  # DDP averages over processes; the divisor counts all of them
-                run.accelerator.backward(loss)
-            metrics.add("loss", loss.detach(), 1 / len(batches))
-            for name, value in (("kl", kl), ("clip_fraction", clipped), ("entropy", entropy)):
-                metrics.add(name, value[counted[at]].sum(), counted[at].sum())
-        run.optimizer_step(metrics)
-
-
-# ================================================================================================
-# The machinery: from a command line to a run.
-
-
-class Averages(dict):
-    """Sums and counts by name, so that means stay exact over micro-batches and processes of unequal size."""
-
-    def add(self, name: str, total, count=1) -> None:
-        self[name] = self.get(name, 0.0) + torch.tensor([float(total), float(count)], dtype=torch.float64)
-
-    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes, which must hold the same names."""
-        table = accelerator.reduce(torch.stack(list(self.values())).to(accelerator.device), "sum").tolist()
-        return {name: total / count if count > 0 else 0.0 for name, (total, count) in zip(self, table)}
-
-
 @dataclass
 class Run:
     """What the functions of a run share."""
@@ -409,13 +457,15 @@ class Run:
     processor: Any
     prompts: Prompts  # the training examples; with --eval_only those to evaluate, with --ask the questions
     model: nn.Module  # the policy itself: samples, and is saved
-    policy: nn.Module  # CompletionLogps of it, in DDP where there are several processes: trains
-    reference: nn.Module | None  # CompletionLogps of the initial model, frozen; None with beta 0
+    policy: nn.Module  # CompletionLogps of it, in DDP where processes hold copies: trains
+    reference: Callable | None  # CompletionLogps of the initial model, frozen; None with beta 0
+    adapters: Any  # peft's handle on the model's adapters; None without --lora_rank
     optimizer: torch.optim.Optimizer | None
     rewards: dict[str, tuple[Any, float]]
     eos: Tensor
     distribution: dict[str, Any]  # temperature and forbidden ids, for sampler and scorer alike
     save_dtype: torch.dtype  # of the weights as they came
+    checkpoint: Checkpoint | None  # what --resume goes on from
     seconds: dict[str, float]
 
     @property
@@ -430,13 +480,30 @@ class Run:
         """bf16 on GPUs over float32 weights; one context around a whole rollout, so that weights are cast once."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
 
+    @contextlib.contextmanager
+    def gathered(self):
+        """Sharded weights are gathered once for everything inside, not at every token, and without waiting for others."""
+        shards = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for module in shards:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+        for module in shards:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
     def accumulate(self, last: bool):
-        """Gradients are exchanged between processes only with the last micro-batch."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy)
+        """DDP exchanges gradients only with the last micro-batch; shards take their part of each, which costs no memory."""
+        return contextlib.nullcontext() if last or self.cfg.shard else self.accelerator.no_sync(self.policy)
 
     def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
         batch = data.collate(prompts, self.processor.tokenizer.pad_token_id or 0)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def noise(self, prompts: list[Prompt], step: int) -> Tensor:
+        """sampling_noise of these prompts in this step: whatever the batch and the number of processes."""
+        keys = [f"{self.cfg.seed}/{step}/{p.slot}/{p.example.id}" for p in prompts]
+        return sampling_noise(keys, self.cfg.group_size, self.cfg.max_completion_tokens).to(self.device)
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         """The texts of completions, without the EOS and whatever follows it."""
@@ -447,7 +514,7 @@ class Run:
         """Clip and step. A gradient that is not finite updates nothing, on any process, and is counted."""
         with self.timer("train"):
             trained = [p for p in self.policy.parameters() if p.requires_grad]
-            norm = float(self.accelerator.clip_grad_norm_(trained, self.cfg.max_grad_norm))
+            norm = float(models.whole_tensor(nn.utils.clip_grad_norm_(trained, self.cfg.max_grad_norm)))
             finite = math.isfinite(norm)  # of gradients that were exchanged: every process sees the same norm
             if finite:
                 self.optimizer.step()
@@ -473,6 +540,13 @@ def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
     return torch.cat([torch.rand(group_size, max_tokens, dtype=torch.float64, generator=g) for g in generators])
 
 
+# ------------------------------------------------------------------------------------------------
+# From a command line to what a run needs.
+
+RESUME_MAY_CHANGE = (  # where things lie, what is shown and how memory is used; the data is compared by its content
+    "out", "data", "eval_data", "overwrite", "resume", "save_every", "keep_last", "workers", "prompts_per_forward",
+    "micro_batch", "shard", "eval_every", "eval_limit", "eval_batch", "picture_every", "report_to",
+)  # fmt: skip
 AT_LEAST_1 = ("steps", "inner_epochs", "max_completion_tokens", "prompts_per_step", "prompts_per_forward", "eval_batch")
 
 
@@ -487,6 +561,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),
         ("group_size", cfg.group_size >= 2, "at least 2: advantages compare completions of the same prompt"),
         ("loss", cfg.loss in ("grpo", "dr_grpo", "dapo"), "grpo, dr_grpo or dapo"),
+        ("eval_categories", cfg.eval_categories in evaluate.ASKED, f"one of {', '.join(evaluate.ASKED)}"),
         ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
         ("temperature", cfg.temperature > 0, "above 0; evaluation is greedy anyway"),
         *((name, getattr(cfg, name) >= 1, "at least 1") for name in AT_LEAST_1),
@@ -497,13 +572,28 @@ def parse_config(argv: list[str] | None = None) -> Config:
         ("lr", cfg.lr > 0, "above 0"),
         ("iou_threshold", 0 <= cfg.iou_threshold < 1, "at least 0 and below 1"),
         ("shots", cfg.shots is None or cfg.shots >= 1, "at least 1"),
+        ("lora_rank", cfg.lora_rank >= 0, "0 (all weights) or a rank"),
+        ("lora_rank", not (cfg.lora_rank and cfg.shard), "0 with --shard: adapters are small enough to be copied"),
+        ("micro_batch", cfg.micro_batch >= 0, "0 (all at once) or a number of completions"),
+        ("save_every", cfg.save_every >= 0, "0 (never) or a number of steps"),
+        ("keep_last", cfg.keep_last >= 1, "at least 1"),
+        ("resume", not cfg.resume or not (evaluates or cfg.overwrite), "without --overwrite, --eval_only and --ask"),
         (
             "out",
-            cfg.ask or cfg.overwrite or not (out / "config.json").exists(),
-            "new: an earlier run is there; --overwrite true replaces it",
+            cfg.ask
+            or cfg.check
+            or cfg.overwrite
+            or cfg.resume
+            or not (out / "config.json").exists()
+            or evaluate.unfinished(out, asdict(cfg)),
+            "new: an earlier run is there; --resume true goes on with it, --overwrite true replaces it",
         ),
         ("out", cfg.ask or not any(out == path or out in path.parents for path in used), "outside --model and --data"),
-        ("ask", cfg.ask is None or cfg.categories is not None, "together with --categories, what to look for"),
+        (
+            "ask",
+            not cfg.ask or cfg.categories or cfg.task not in data.TASKS or not data.TASKS[cfg.task].asks_for,
+            "together with --categories, what to look for",
+        ),
     ):
         if not good:
             raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
@@ -512,69 +602,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 def rewards_of(cfg: Config) -> dict[str, tuple[Any, float]]:
     """What --rewards asks for, or the task's own: {name: (reward(completion, solution), weight)}."""
-    weights = data.TASKS[cfg.task].rewards
     try:
-        if cfg.rewards:
-            weights = {name: float(weight) for name, weight in (entry.split("=") for entry in cfg.rewards)}
+        weights = reward_weights(cfg.rewards) or data.TASKS[cfg.task].rewards
         return choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
     except ValueError as error:
-        raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: name=weight expected, as in iou=1 ({error})") from None
-
-
-@contextlib.contextmanager
-def loading(what: str, name: str):
-    """Turn what cannot be loaded into a message that says what to do; a hub that cannot be reached gets three lines."""
-    try:
-        yield
-    except ImportError as error:
-        missing = re.search(r"requires the (\w+) library|No module named '(\w+)'", str(error))
-        package = next(filter(None, missing.groups())).lower() if missing else str(error).strip().splitlines()[0]
-        raise SystemExit(f"{what} {name} needs a package that is not installed: pip install {package}") from None
-    except DataError:  # says already what to do
-        raise
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # every error of a hub is an OSError; a folder that is no model, a ValueError
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if Path(name).exists():
-            raise SystemExit(f"{what} {name} cannot be loaded: {reason}") from None
-        raise SystemExit(
-            f"{what} {name} is not a folder here and cannot be had from the hub: {reason}\n"
-            "With COCO and a model on disk:  accelerate launch virft.py --task coco --data COCO_DIR --model MODEL_DIR\n"
-            "Offline, with what is in here:  bash run.sh"
-        ) from None
-
-
-def load_processor(cfg: Config) -> tuple[Any, data.Fit, str]:
-    """The model's processor, how it wants its images, and the coordinates of its family."""
-    with loading("model", cfg.model):
-        family = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).model_type
-        processor = AutoProcessor.from_pretrained(cfg.model, revision=cfg.revision)
-    if getattr(processor, "chat_template", None) is None:
-        raise SystemExit(
-            f"model {cfg.model} has no chat template; an instruction-tuned vision-language model is expected"
-        )
-    fit = data.image_fit(processor.image_processor, cfg.max_pixels, cfg.min_pixels)
-    data.check_fit(processor.image_processor, fit)
-    if cfg.coordinates != "auto":
-        return processor, fit, cfg.coordinates
-    if family not in data.COORDINATES_OF_FAMILY:
-        print(
-            f"model type {family} is not known here: coordinates taken as 0..1000, relative; see --coordinates",
-            file=sys.stderr,
-        )
-    return processor, fit, data.COORDINATES_OF_FAMILY.get(family, "relative")
-
-
-def load_model(cfg: Config, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model in eval mode, which it never leaves: dropout would make sampler and scorer two policies."""
-    attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
-    with loading("model", cfg.model):
-        model = AutoModelForImageTextToText.from_pretrained(
-            cfg.model, revision=cfg.revision, dtype=dtype, attn_implementation=attention
-        )
-    return model.to(device).eval()
+        raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: {error}") from None
 
 
 def load_examples(cfg: Config, split: str) -> list[Example]:
@@ -587,41 +619,26 @@ def load_examples(cfg: Config, split: str) -> list[Example]:
         "seed": cfg.seed,
         "skip_bad_images": cfg.skip_bad_images,
     }
-    chosen |= {"shots": cfg.shots, "max_boxes": cfg.max_boxes} if training else {"limit": cfg.eval_limit}
-    with loading("dataset", source):
+    if training:
+        chosen |= {"shots": cfg.shots, "max_boxes": cfg.max_boxes}
+    else:
+        chosen |= {"limit": cfg.eval_limit, "eval_categories": cfg.eval_categories}
+    with models.loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(notes), flush=True)
     return examples
 
 
-def special_tokens(model: nn.Module, processor) -> tuple[list[int], list[int]]:
-    """Ids that end a completion (all EOS ids of the model) and ids that no completion may contain (placeholders)."""
-    text, tokenizer = model.config.get_text_config(), processor.tokenizer
-    configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
-    eos = {token for ids in configured if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
-    kinds = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    forbidden = {token for kind in kinds if isinstance(token := getattr(model.config, kind, None), int)}
-    return sorted(eos), sorted(forbidden - eos)
-
-
 def freeze_unreachable(run: Run) -> list[str]:
     """Freeze parameters that no completion's log-probability depends on, and return their names.
 
-    DDP waits for a gradient of every trainable parameter and would stop at the second step. The graph of one forward
-    is walked; nothing is computed backward.
+    DDP waits for a gradient of every trainable parameter and would stop at the second step.
     """
     first = run.collate(data.whole([run.prompts[0, 0]]))
     with run.autocast():
         logp, _ = run.policy(first, run.eos[:1].repeat(1, 2), 1, **run.distribution)
-    nodes, seen, reached = [logp.grad_fn], set(), set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            reached.add(id(getattr(node, "variable", None)))
-            nodes += [parent for parent, _ in node.next_functions]
-    unreached = {name: p for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in reached}
+    unreached = models.unreachable(run.model, logp)
     for parameter in unreached.values():
         parameter.requires_grad_(False)
     return list(unreached)
@@ -629,6 +646,56 @@ def freeze_unreachable(run: Run) -> list[str]:
 
 def start(cfg: Config) -> Run:
     """Load everything that training, evaluation or a question needs."""
+    accelerator = make_accelerator(cfg)
+    device, task, gradients = accelerator.device, data.TASKS[cfg.task], not (cfg.eval_only or cfg.ask)
+    rewards = rewards_of(cfg)  # before anything large is loaded
+    saved = None
+    if cfg.resume:
+        saved = models.find_checkpoint(Path(cfg.out), asdict(cfg), asdict(Config()), RESUME_MAY_CHANGE)
+    processor, fit, coordinates = models.load_processor(
+        cfg.model, cfg.revision, cfg.max_pixels, cfg.min_pixels, cfg.coordinates
+    )
+    if cfg.ask:
+        examples = data.questions(task, Path(cfg.ask), cfg.categories)
+    else:
+        examples = load_examples(cfg, "train" if gradients else "val")
+    if saved and saved.data != (found := data_fingerprint(examples)):
+        raise SystemExit(f"--resume true: the data has changed: {saved.data} before, {found} now")
+    frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if saved and not cfg.lora_rank:
+        model = models.load_model(saved.model, None, torch.float32, device)
+    else:
+        dtype = torch.float32 if gradients and not cfg.lora_rank else frozen_dtype
+        model = models.load_model(cfg.model, cfg.revision, dtype, device)
+    adapters = None
+    if cfg.lora_rank and gradients:
+        torch.manual_seed(cfg.seed)  # adapters are the one thing that starts at random
+        adapters = models.add_adapters(model, cfg.lora_rank, saved and Path(saved.model))
+    special = models.special_tokens(model, processor)
+    eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=device) for ids in special)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    prompts = Prompts(
+        task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt,
+        positions - cfg.max_completion_tokens, cfg.skip_bad_images,
+    )  # fmt: skip
+    run = Run(
+        cfg, accelerator, processor, prompts, model=model, policy=CompletionLogps(model, cfg.micro_batch),
+        reference=None, adapters=adapters, optimizer=None, rewards=rewards, eos=eos,
+        distribution={"temperature": cfg.temperature, "forbidden": forbidden},
+        save_dtype=AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).dtype or torch.float32,
+        checkpoint=saved, seconds={},
+    )  # fmt: skip
+    if gradients:
+        make_trainable(run, frozen_dtype)
+    return run
+
+
+def data_fingerprint(examples: list[Example]) -> str:
+    return models.fingerprint((e.id, e.category, e.solution) for e in examples)
+
+
+def make_accelerator(cfg: Config) -> Accelerator:
+    """What accelerate knows of the launch; SystemExit where processes would not find each other."""
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of all gradients
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision="no", log_with=cfg.report_to or None, project_dir=cfg.out,
@@ -640,48 +707,55 @@ def start(cfg: Config) -> Run:
             f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: each would train alone"
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise SystemExit(
-            f"{accelerator.distributed_type.value} is not supported: launch without it, several GPUs use DDP"
-        )
-    rewards = rewards_of(cfg)  # before anything large is loaded
-    gradients, task = not (cfg.eval_only or cfg.ask), data.TASKS[cfg.task]
-    processor, fit, coordinates = load_processor(cfg)
-    if cfg.ask:
-        examples = data.questions(Path(cfg.ask), cfg.categories)
+        raise SystemExit(f"{accelerator.distributed_type.value} is not supported: launch without it; see --shard")
+    if cfg.shard and accelerator.num_processes == 1:
+        raise SystemExit("--shard true: there is one process, and nothing to share out; launch several")
+    return accelerator
+
+
+def make_trainable(run: Run, frozen_dtype: torch.dtype) -> None:
+    """Decide what is trained, spread it over the processes, and make the optimizer and the reference."""
+    cfg, model = run.cfg, run.model
+    if cfg.freeze_vision:
+        models.freeze_vision(model)
+        run.say("frozen by --freeze_vision: everything outside the language model")
+    if frozen := freeze_unreachable(run):
+        run.say(f"frozen, because no completion depends on them: {', '.join(frozen)}")
+    counts = [p.numel() for p in model.parameters() if p.requires_grad], [p.numel() for p in model.parameters()]
+    run.say(f"{sum(counts[0]):,} of {sum(counts[1]):,} parameters are trained")
+    if cfg.shard:
+        models.shard(model)
     else:
-        examples = load_examples(cfg, "train" if gradients else "val")
-    frozen_dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    save_dtype = AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).dtype or torch.float32
-    model = load_model(cfg, torch.float32 if gradients else frozen_dtype, accelerator.device)
-    eos, forbidden = (
-        torch.tensor(ids, dtype=torch.long, device=accelerator.device) for ids in special_tokens(model, processor)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(frozen_dtype)
+        run.policy = run.accelerator.prepare(run.policy)  # DDP, where there are several processes
+    trained = [p for p in model.parameters() if p.requires_grad]
+    run.optimizer = torch.optim.AdamW(
+        trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
     )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    room = positions - cfg.max_completion_tokens
-    prompts = Prompts(
-        task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, room, cfg.skip_bad_images
-    )
-    run = Run(
-        cfg, accelerator, processor, prompts, model=model, policy=CompletionLogps(model), reference=None, optimizer=None,
-        rewards=rewards, eos=eos, distribution={"temperature": cfg.temperature, "forbidden": forbidden},
-        save_dtype=save_dtype, seconds={},
-    )  # fmt: skip
-    if gradients:
-        if frozen := freeze_unreachable(run):
-            run.say(f"frozen, because no completion depends on them: {', '.join(frozen)}")
-        trained = [p for p in model.parameters() if p.requires_grad]
-        run.say(
-            f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters are trained"
-        )
-        optimizer = torch.optim.AdamW(
-            trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
-        )
-        run.policy, run.optimizer = accelerator.prepare(run.policy, optimizer)
-        if cfg.beta > 0:
-            run.reference = (
-                CompletionLogps(load_model(cfg, frozen_dtype, accelerator.device)).requires_grad_(False).eval()
-            )
-    return run
+    if run.checkpoint:
+        run.checkpoint.load_optimizer(model, run.optimizer)
+    if cfg.beta == 0:
+        return
+    if run.adapters:
+        run.reference = adapters_off(run)
+    else:
+        reference = models.load_model(cfg.model, cfg.revision, frozen_dtype, run.device).requires_grad_(False)
+        if cfg.shard:
+            models.shard(reference)
+        run.reference = CompletionLogps(reference, cfg.micro_batch).eval()
+
+
+def adapters_off(run: Run) -> Callable:
+    """The initial model's log-probabilities: the policy's, with its adapters switched off."""
+    logps = CompletionLogps(run.model, run.cfg.micro_batch)
+
+    def reference(*inputs, **settings):
+        with run.adapters.disable_adapter():
+            return logps(*inputs, **settings)
+
+    return reference
 
 
 def describe(run: Run) -> str:
@@ -699,7 +773,7 @@ def describe(run: Run) -> str:
             f"{cfg.steps} steps are {cfg.steps * cfg.prompts_per_step / len(examples):.2f} epochs of {len(examples)} examples"
         )
         answers = [
-            len(run.processor.tokenizer(data.model_answer(e, first.target, cfg.think))["input_ids"])
+            len(run.processor.tokenizer(data.model_answer(run.prompts.task, e, first.target, cfg.think))["input_ids"])
             for e in examples[:2000]
         ]
         if too_long := sum(tokens >= cfg.max_completion_tokens for tokens in answers):
@@ -707,6 +781,11 @@ def describe(run: Run) -> str:
                 f"{too_long} of {len(answers)} examples have an answer that does not fit in --max_completion_tokens "
                 f"{cfg.max_completion_tokens} (the longest: {max(answers)} tokens); --max_boxes leaves them out"
             )
+    if not shares_prompt(run.model):
+        lines.append(
+            "linear attention: prompts are shared in sampling, but repeated for each completion in scoring and training, "
+            "all completions at once whatever --micro_batch says"
+        )
     shown = run.processor.tokenizer.decode(ids)
     for token in run.distribution["forbidden"].tolist():
         name, count = run.processor.tokenizer.decode([token]), int((ids == token).sum())
@@ -721,8 +800,11 @@ def describe(run: Run) -> str:
 # Training.
 
 
-def prompt_stream(run: Run) -> DataLoader:
-    """For each step the list of this process's prompts; every epoch sees each example once, in an order of its own."""
+def prompt_stream(run: Run, done: int) -> DataLoader:
+    """For each step after the first `done` the list of this process's prompts.
+
+    Every epoch sees each example once, in an order of its own that the seed decides: there is no state to be saved.
+    """
     cfg, accelerator = run.cfg, run.accelerator
     order, epoch = [], 0
     while len(order) < cfg.steps * cfg.prompts_per_step:
@@ -731,7 +813,7 @@ def prompt_stream(run: Run) -> DataLoader:
         )
         epoch += 1
     mine = range(accelerator.process_index, cfg.prompts_per_step, accelerator.num_processes)
-    steps = [[(slot, order[step * cfg.prompts_per_step + slot]) for slot in mine] for step in range(cfg.steps)]
+    steps = [[(slot, order[step * cfg.prompts_per_step + slot]) for slot in mine] for step in range(done, cfg.steps)]
     return DataLoader(run.prompts, batch_sampler=steps, collate_fn=list, num_workers=cfg.workers)
 
 
@@ -767,57 +849,81 @@ def rollout_records(ro: Rollout, step: int) -> list[dict]:
 
 
 def train(run: Run) -> None:
-    """`train_steps`, then save the model and draw the curves: also after Ctrl-C, and after an error that came later."""
+    """`train_steps`, then save the model and draw the curves; after Ctrl-C there is a checkpoint to go on from."""
     cfg, out = run.cfg, Path(run.cfg.out)
     try:
         step = train_steps(run)
     except Exception:
-        if run.accelerator.is_main_process and (out / "metrics.jsonl").exists():
-            save_model(run, out / "model")
+        # Shards cannot be gathered here: the other processes may not have failed.
+        if run.accelerator.is_main_process and (out / "metrics.jsonl").exists() and not cfg.shard:
+            save_result(run)
             print(f"an error ended training; the model as it was is in {out / 'model'}", file=sys.stderr)
         raise
-    save_model(run, out / "model")
     if run.accelerator.is_main_process:
         evaluate.plot_curves(out / "metrics.jsonl", out / "curves.png")
-    run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}")
+    if step < cfg.steps:
+        run.say(f"{step} of {cfg.steps} steps done; --resume true goes on from {models.checkpoint_folder(out, step)}")
+    else:
+        save_result(run)
+        run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}")
     run.accelerator.end_training()
 
 
+def save_result(run: Run) -> None:
+    """OUT/model, in the dtype that the model came in; adapters are merged into it for good, so this comes last."""
+    if run.adapters:
+        run.adapters.merge_and_unload()
+    folder = Path(run.cfg.out) / "model"
+    models.save_model(run.model, run.processor, folder, run.save_dtype, run.accelerator.is_main_process)
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Of step 1, 2, ...: linear warm-up, times a linear decay that would reach 0 behind the last step."""
+    return cfg.lr * min(1.0, step / (cfg.warmup_steps + 1)) * (1.0 - (step - 1) / cfg.steps)
+
+
 def train_steps(run: Run) -> int:
-    """The loop: `rollout`, `update`, write down; evaluate now and then. Returns the number of steps done."""
+    """The loop: `rollout`, `update`, write down; evaluate and save now and then. Returns the number of steps done."""
     cfg, accelerator, out = run.cfg, run.accelerator, Path(run.cfg.out)
-    # Not prepared by accelerate, which would step it once per process.
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        run.optimizer, lambda step: min(1.0, (step + 1) / (cfg.warmup_steps + 1)) * (1.0 - step / cfg.steps)
-    )
     if cfg.report_to:
         accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     held_out = load_examples(cfg, "val") if cfg.eval_every else []
     shown = (*(f"reward_{name}" for name in run.rewards), "kl", "completion_tokens")
     skipped: set[str] = set()
-    stop = StopAtSignal()
-    bar = tqdm(prompt_stream(run), total=cfg.steps, disable=not accelerator.is_main_process, dynamic_ncols=True)
-    for step, prompts in enumerate(bar, 1):
+    stop, step = StopAtSignal(), run.checkpoint.step if run.checkpoint else 0
+    bar = tqdm(
+        prompt_stream(run, step), initial=step, total=cfg.steps, disable=not accelerator.is_main_process, dynamic_ncols=True
+    )  # fmt: skip
+    for step, prompts in enumerate(bar, step + 1):
         for flaw in {flaw for prompt in data.whole(prompts) for flaw in prompt.skipped} - skipped:
             tqdm.write(f"skipped: {flaw}")
             skipped.add(flaw)
         metrics = Averages()
         run.seconds.clear()
+        lr = learning_rate(cfg, step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
         ro = rollout(run, prompts, step)
         update(run, ro, metrics)
         rollout_metrics(run, ro, metrics)
         metrics.add("stop", stop.requested)
-        row = {"step": step, "lr": schedule.get_last_lr()[0], **metrics.reduce(accelerator)}
+        row = {"step": step, "lr": lr, **metrics.reduce(accelerator)}
         interrupted = row.pop("stop") > 0  # agreed on by all processes
-        schedule.step()
         records = gather_object(rollout_records(ro, step))
         if accelerator.is_main_process:
             evaluate.append_rows(out / "rollouts.jsonl", records)
             evaluate.append_rows(out / "metrics.jsonl", [row])
             bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
             if cfg.picture_every and step % cfg.picture_every == 0:
-                evaluate.draw_answer(prompts[0], ro.texts[0], out / "pictures" / f"step_{step:06d}.png")
+                picture = out / "pictures" / f"step_{step:06d}.png"
+                evaluate.draw_answer(run.prompts.task, prompts[0], ro.texts[0], picture)
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        if interrupted or cfg.save_every and step % cfg.save_every == 0:
+            state = {"step": step, "settings": asdict(cfg), "data": data_fingerprint(run.prompts.examples)}
+            folder = models.checkpoint_folder(out, step)
+            models.save_checkpoint(
+                run.model, run.optimizer, run.processor, run.adapters, folder, state, cfg.keep_last, accelerator.is_main_process
+            )  # fmt: skip
         if cfg.eval_every and step % cfg.eval_every == 0:
             scores = evaluate_model(run, held_out, out / f"eval_{step:06d}")
             accelerator.log({f"eval_{name}": value for name, value in scores.items()}, step=step)
@@ -846,20 +952,6 @@ class StopAtSignal:
         self.requested = True
 
 
-def save_model(run: Run, folder: Path) -> None:
-    """Write model and processor in Hugging Face format, whole or not at all, in the dtype that the model came in."""
-    if run.accelerator.is_main_process:  # the others have nothing to wait for
-        new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
-        for rest in (new, old):
-            shutil.rmtree(rest, ignore_errors=True)
-        run.model.to(run.save_dtype).save_pretrained(new)  # in place, which is why this is the last thing a run does
-        run.processor.save_pretrained(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 # ------------------------------------------------------------------------------------------------
 # Evaluation and questions.
 
@@ -875,25 +967,45 @@ def answer(run: Run, prompts: list[Prompt]) -> list[str]:
 
 
 def evaluate_model(run: Run, examples: list[Example], out: Path) -> dict[str, float]:
-    """Greedy answers to all examples, shared out over the processes; scores, predictions and pictures go to `out`."""
-    cfg, accelerator = run.cfg, run.accelerator
-    mine = list(range(accelerator.process_index, len(examples), accelerator.num_processes))
+    """Greedy answers to all examples, shared out over the processes; scores, predictions and pictures go to `out`.
+
+    With --eval_only, answers that an interruption left in `out` are kept.
+    """
+    cfg, accelerator, task = run.cfg, run.accelerator, run.prompts.task
+    kept = []
+    if accelerator.is_main_process:
+        if not cfg.eval_only:
+            shutil.rmtree(out, ignore_errors=True)  # of an earlier training: other weights
+        kept = evaluate.recover(out, examples)
+    (kept,) = broadcast_object_list([kept])
+    out.mkdir(parents=True, exist_ok=True)
+    if kept:
+        run.say(f"going on with {len(kept)} of {len(examples)} answers from {out}")
+    left = sorted(set(range(len(examples))) - {record["row"] for record in kept})
+    mine = left[accelerator.process_index :: accelerator.num_processes]
     batches = [[(i, i) for i in mine[at : at + cfg.eval_batch]] for at in range(0, len(mine), cfg.eval_batch)]
     loader = DataLoader(run.prompts.of(examples), batch_sampler=batches, collate_fn=list, num_workers=cfg.workers)
-    records = []
-    for prompts in tqdm(loader, desc="evaluate", disable=not accelerator.is_main_process, dynamic_ncols=True):
-        if cfg.skip_bad_images:
-            prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
-        for prompt, text in zip(prompts, answer(run, data.whole(prompts)) if prompts else []):
-            parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
-            records.append({"row": prompt.slot} | evaluate.record(prompt.example, prompt.target, text, parts))
-    records = sorted(gather_object(records), key=lambda record: record["row"])
-    scores = evaluate.scores(records, data.TASKS[cfg.task])
+    records, bar = [], tqdm(loader, desc="evaluate", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    with run.gathered():
+        for prompts in bar:
+            if cfg.skip_bad_images:
+                prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
+            batch = []
+            for prompt, text in zip(prompts, answer(run, data.whole(prompts)) if prompts else []):
+                parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
+                batch.append({"row": prompt.slot} | evaluate.record(task, prompt.example, prompt.target, text, parts))
+            evaluate.append_rows(evaluate.own_predictions(out, accelerator.process_index), batch)
+            records += batch
+    records = sorted([*kept, *gather_object(records)], key=lambda record: record["row"])
+    scores, by_category = evaluate.scores(records, task)
+    protocol = evaluate.protocol_of(task, cfg.eval_categories)
     if accelerator.is_main_process:
-        evaluate.write_evaluation(out, records, scores, examples)
+        evaluate.write_evaluation(out, task, protocol, records, scores, by_category, examples)
     if len(records) < len(examples):
         run.say(f"{len(examples) - len(records)} examples were skipped: their images do not open")
-    run.say(f"{evaluate.report(scores, len(records))}\npredictions, results and pictures in {out}")
+    run.say(
+        f"{evaluate.report(scores, by_category, len(records), protocol)}\npredictions, results and pictures in {out}"
+    )
     return scores
 
 
@@ -902,18 +1014,70 @@ def ask(run: Run) -> None:
     for example in run.prompts.examples:
         prompt = run.prompts.encode(example)
         (text,) = answer(run, [prompt])
-        path = Path(run.cfg.out) / f"{Path(run.cfg.ask).stem}_{example.category.replace(' ', '_')}.png"
-        evaluate.draw_answer(prompt, text, path)
+        asked = re.sub(r"\W+", "_", example.category)[:40]
+        path = Path(run.cfg.out) / f"{Path(run.cfg.ask).stem}_{asked}.png"
+        evaluate.draw_answer(run.prompts.task, prompt, text, path)
         run.say(f"{example.category}: {text}\n  drawn in {path}")
 
 
-def prepare_out(cfg: Config) -> None:
-    """Make the run folder, once everything has loaded; parse_config let an earlier run through only with --overwrite."""
+CHECKED = 16  # examples that --check looks at
+
+
+def check(run: Run) -> None:
+    """--check: sample as training does, go through one backward pass, and print what a run would meet."""
+    cfg, prompts, task = run.cfg, run.prompts, run.prompts.task
+    order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))
+    chosen = data.whole([prompts[slot, index] for slot, index in enumerate(order)])
+    size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)
+    rollouts = [rollout(run, chosen[at : at + size], 1) for at in range(0, len(chosen), size)]
+    first = rollouts[0]
+    B = min(cfg.prompts_per_forward, len(first.prompts))
+    with run.autocast():
+        logp, _ = run.policy(
+            run.collate(first.prompts[:B]), first.ids[: B * cfg.group_size], cfg.group_size, **run.distribution
+        )
+    logp.sum().backward()
+    run.optimizer.zero_grad(set_to_none=True)
+
+    texts, lengths = [text for ro in rollouts for text in ro.texts], torch.cat([ro.mask.sum(1) for ro in rollouts])
+    rewards = torch.cat([ro.rewards for ro in rollouts])
+    facts = evaluate.answer_shares(texts, task.parse)
+    facts["truncated"] = float(torch.cat([ro.truncated for ro in rollouts]).float().mean())
+    facts["zero_variance_groups"] = float((rewards == rewards[:, :1]).all(1).float().mean())
+    facts["true_no_objects"] = sum(p.example.solution == () for p in chosen) / len(chosen)
+    if task.boxes:
+        for convention in ("relative", "pixels"):
+            facts[f"iou as {convention}"] = evaluate.box_fit(chosen, texts, task, prompts.fit, convention)
+        facts["boxes per answer"] = sum(len(data.boxes_in(task.parse(text) or [])) for text in texts) / len(texts)
+        facts["true boxes"] = sum(len(data.boxes_in(p.example.solution)) for p in chosen) / len(chosen)
+    facts |= {f"reward {name}": float(torch.cat([ro.parts[name] for ro in rollouts]).mean()) for name in run.rewards}
+    facts |= {"tokens, mean": float(lengths.float().mean()), "tokens, most": float(lengths.max())}
+    moments = 8 * sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    facts["peak memory, GB, with the optimizer's moments"] = (models.peak_memory(run.device) + moments) / 1e9
+
+    coordinates = chosen[0].example.coordinates or prompts.coordinates
+    picture = Path(cfg.out) / "check.png"
+    if run.accelerator.is_main_process:
+        evaluate.draw_answer(task, chosen[0], texts[0], picture)
+    found = evaluate.doubts(facts, coordinates)
+    run.say(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
+    run.say("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
+    run.say("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in texts[: cfg.group_size]))
+    run.say("\n".join(f"LOOKS WRONG: {doubt}" for doubt in found) or "nothing looks wrong")
+    run.say(f"the first answer is drawn in {picture}; nothing was trained")
+
+
+def prepare_out(cfg: Config, checkpoint: Checkpoint | None) -> None:
+    """Make the run folder, once everything has loaded; parse_config let an earlier run through only with leave."""
     out = Path(cfg.out)
-    if (out / "config.json").exists():
+    if checkpoint:  # what came after it will come again
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            evaluate.drop_rows_after(out / name, checkpoint.step)
+    elif (out / "config.json").exists() and (cfg.overwrite or not evaluate.unfinished(out, asdict(cfg))):
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+    if not (out / "config.json").exists():  # its time is when an evaluation began
+        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -924,8 +1088,10 @@ def main(argv: list[str] | None = None) -> None:
             return ask(run) if run.accelerator.is_main_process else None
         setup = describe(run)
         run.say(setup)
+        if cfg.check:
+            return check(run)
         if run.accelerator.is_main_process:
-            prepare_out(cfg)
+            prepare_out(cfg, run.checkpoint)
             (Path(cfg.out) / "setup.txt").write_text(setup + "\n")
         run.accelerator.wait_for_everyone()
         if cfg.eval_only:

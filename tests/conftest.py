@@ -44,6 +44,8 @@ def spread(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.normal_(0, 1.2 / parameter[0].numel() ** 0.5)
             elif "bias" in name:
                 parameter.normal_(0, 0.1)
+            elif not parameter.any():
+                parameter.normal_(0, 0.5)  # gates that start closed would hide what lies behind them
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
+import models
 import virft
 from conftest import ROOT, SHARED, shared
 
@@ -140,10 +141,8 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(llava_dir, shapes
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo"])
-def test_two_processes_sample_and_learn_as_one(shapes_dir, tmp_path, loss):
-    """[7, 17, 29] The demo's model, whose rewards vary: the same completions, and in both steps the same gradient norm,
-    which a missing factor, divisor or exchange would change. One process has a group without variance."""
+def test_a_run_of_two_processes_writes_what_one_writes(shapes_dir, tmp_path):
+    """[29] Files once, the same completions and metrics, and an evaluation that is shared out and gathered."""
     rows, norms = [], []
     flags = SMALL | {"steps": 2, "lr": 1e-3, "prompts_per_step": 8, "max_completion_tokens": 48}
     for n in (1, 2):
@@ -160,7 +159,6 @@ def test_two_processes_sample_and_learn_as_one(shapes_dir, tmp_path, loss):
         virft_py(
             *launcher,
             **flags,
-            loss=loss,
             data=shapes_dir,
             model=ROOT / "demo" / "model",
             out=out,
@@ -225,7 +223,7 @@ def test_the_run_folder_may_not_hold_the_model_it_starts_from(llava_dir, shapes_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_a_saved_model(llava_dir, shapes_dir, tmp_path, number):
+def test_an_interruption_leaves_a_checkpoint(llava_dir, shapes_dir, tmp_path, number):
     out = tmp_path / "run"
     flags = command(**SMALL | {"steps": 10_000}, data=shapes_dir, model=llava_dir, out=out, beta=0)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -242,9 +240,34 @@ def test_an_interruption_leaves_a_saved_model(llava_dir, shapes_dir, tmp_path, n
         time.sleep(0.2)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "of 10000 steps done" in printed and "finishing this step" in errors
-    AutoModelForImageTextToText.from_pretrained(out / "model")
-    assert (out / "curves.png").exists()
+    assert process.returncode == 0 and "finishing this step" in errors
+    done = int(re.search(r"(\d+) of 10000 steps done; --resume true goes on", printed).group(1))
+    assert (out / "curves.png").exists() and not (out / "model").exists()
+    AutoModelForImageTextToText.from_pretrained(out / "checkpoints" / f"step_{done:06d}" / "model")
+
+
+def test_check_says_what_looks_wrong_and_trains_nothing(shapes_dir, tmp_path, capsys, monkeypatch):
+    flags = {
+        "task": "coco",
+        "data": shapes_dir,
+        "model": ROOT / "demo" / "model",
+        "check": "true",
+        "beta": 0,
+        "workers": 0,
+    }
+    virft.main(command(**flags, max_completion_tokens=48, out=tmp_path / "good"))
+    printed = capsys.readouterr().out
+    assert "USER: <image> x 16" in printed and "coordinates in force: relative" in printed
+    assert "nothing looks wrong" in printed and "LOOKS WRONG" not in printed
+    assert [f.name for f in (tmp_path / "good").iterdir()] == ["check.png"]
+
+    def as_learned(task, example, seen_size, coordinates, think):
+        return task.prompt(example.category, (1000, 1000), "relative", think), data.model_size(coordinates, seen_size)
+
+    monkeypatch.setattr(data.Task, "question", as_learned)  # a model that speaks 0..1000 whatever is in force
+    virft.main(command(**flags, max_completion_tokens=48, coordinates="pixels", out=tmp_path / "bad"))
+    printed = capsys.readouterr().out
+    assert "LOOKS WRONG: the boxes fit better as relative" in printed
 
 
 def test_bad_images_stop_or_are_skipped_by_choice(llava_dir, shapes_dir, tmp_path):
@@ -302,8 +325,8 @@ def test_what_is_missing_is_said(llava_dir, shapes_dir, tmp_path):
 def test_the_family_is_read_from_the_configuration_not_from_the_path(llava_dir, tmp_path, capsys):
     """[23]"""
     folder = shutil.copytree(llava_dir, tmp_path / "Qwen2.5-VL-7B-Instruct")
-    assert virft.load_processor(virft.parse_config(["--model", str(folder)]))[2] == "relative"
-    assert virft.load_processor(virft.parse_config(["--model", str(folder), "--coordinates", "pixels"]))[2] == "pixels"
+    assert models.load_processor(str(folder), None, 401408, 3136)[2] == "relative"
+    assert models.load_processor(str(folder), None, 401408, 3136, "pixels")[2] == "pixels"
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "llava" and not capsys.readouterr().err
 
@@ -368,7 +391,8 @@ def test_the_readme_names_what_is_there():
     written = "".join(file.read_text() for file in [*(ROOT / "tests").glob("*.py"), ROOT / "test_rewards.py"])
     assert set(re.findall(r"`(test_[a-z0-9_]+)`", readme)) <= set(re.findall(r"def (test_[a-z0-9_]+)", written))
     flags = {field.name for field in dataclasses.fields(virft.Config)}
-    assert set(re.findall(r"--([a-z]+(?:_[a-z0-9]+)*)", readme)) <= flags
+    launchers = {"config_file", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"}
+    assert set(re.findall(r"--([a-z]+(?:_[a-z0-9]+)*)", readme)) <= flags | launchers
     metrics = readme.partition("## Every metric")[2].partition("\n## ")[0]
     source = (ROOT / "virft.py").read_text() + (ROOT / "evaluate.py").read_text()
     for name in re.findall(r"`([a-z_]+)`", metrics):

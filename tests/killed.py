@@ -1,0 +1,69 @@
+"""virft.py that kills itself with SIGKILL at a moment given: what test_resume.py launches again and again.
+
+    python tests/killed.py MOMENT [virft.py flags]
+
+MOMENT  never | model | optimizer | rename | prune (in that part of the first checkpoint that is saved), or seconds after
+the first step began
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import models  # noqa: E402
+import virft  # noqa: E402
+
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    moment, argv = sys.argv[1], sys.argv[2:]
+    if moment == "model":
+        plain_write = models.write_model
+
+        def write_model(model, processor, folder, dtype, main):
+            plain_write(model, processor, folder, dtype, main)
+            if folder.parent.name.endswith(".unfinished"):
+                whole = folder / "model.safetensors"
+                if whole.exists():
+                    whole.write_bytes(whole.read_bytes()[:5000])  # in the middle of this file
+                die()
+
+        models.write_model = write_model
+    elif moment == "optimizer":
+        models.save_file = die
+    elif moment == "rename":
+        models.os.fsync = die
+    elif moment == "prune":
+        plain_remove = shutil.rmtree
+
+        def remove(path, **how):
+            written = sorted(Path(path).rglob("*.json")) if "step_" in str(path) else []
+            if written:  # not the empty folder that an earlier kill may have left
+                written[0].unlink()
+                die()
+            plain_remove(path, **how)
+
+        models.shutil.rmtree = remove
+    elif moment != "never":
+        plain_rollout, started = virft.rollout, []
+
+        def rollout(*args):
+            if not started:
+                started.append(True)
+                threading.Timer(float(moment), die).start()
+            return plain_rollout(*args)
+
+        virft.rollout = rollout
+    virft.main(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Checkpoints: whole or not at all, and a run that goes on from one is the run that was never interrupted."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import models
+import virft
+from conftest import ROOT
+
+FLAGS = {
+    "task": "coco", "max_completion_tokens": 32, "group_size": 4, "prompts_per_step": 4, "prompts_per_forward": 2, "workers": 0,
+    "steps": 4, "save_every": 1, "keep_last": 10, "lr": 1e-3, "warmup_steps": 2, "beta": 0.04, "picture_every": 0, "model": ROOT / "demo" / "model",
+}  # fmt: skip
+
+
+def argv(**flags) -> list[str]:
+    return [part for name, value in (FLAGS | flags).items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shapes_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    virft.main(argv(data=shapes_dir, out=out))
+    return out
+
+
+@pytest.fixture
+def stopped(uninterrupted, tmp_path) -> Path:
+    """The same run as SIGKILL left it in the fourth step: two checkpoints, logs that go on behind them and are cut off."""
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(out / "model")
+    for step in (3, 4):
+        shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
+    (out / "checkpoints" / "step_000003.unfinished").mkdir()
+    with (out / "rollouts.jsonl").open("a") as log:
+        log.write('{"step": 4, "id": "tra')
+    return out
+
+
+def assert_same_run(one: Path, two: Path, model: str = "model") -> None:
+    """Bit for bit: weights, completions, rewards, and every metric that is not a time."""
+    weights = [load_file(out / model / "model.safetensors") for out in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert (one / "rollouts.jsonl").read_text() == (two / "rollouts.jsonl").read_text()
+    logs = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
+    timeless = [[{n: v for n, v in row.items() if "second" not in n} for row in log] for log in logs]
+    assert timeless[0] == timeless[1]
+
+
+def resume(shapes_dir, out: Path, **flags) -> None:
+    virft.main(argv(data=shapes_dir, out=out, resume="true", **flags))
+
+
+def refused(shapes_dir, out: Path, **flags) -> str:
+    kept = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as error:
+        resume(shapes_dir, out, **flags)
+    assert kept == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}, "a refusal changes nothing"
+    return str(error.value)
+
+
+def test_a_resumed_run_is_the_uninterrupted_run(uninterrupted, stopped, shapes_dir):
+    resume(shapes_dir, stopped)
+    assert_same_run(uninterrupted, stopped)
+    assert sorted(f.name for f in (stopped / "checkpoints").iterdir()) == [f"step_{i:06d}" for i in (1, 2, 3, 4)]
+
+
+def test_a_resumed_run_may_be_chunked_otherwise(uninterrupted, stopped, shapes_dir):
+    """Settings of memory may change: the same numbers but for rounding."""
+    resume(shapes_dir, stopped, micro_batch=3, prompts_per_forward=4, keep_last=1)
+    rows = [(out / "metrics.jsonl").read_text().splitlines()[-1] for out in (uninterrupted, stopped)]
+    assert json.loads(rows[0])["grad_norm"] == pytest.approx(json.loads(rows[1])["grad_norm"], rel=1e-3)
+    assert [f.name for f in (stopped / "checkpoints").iterdir()] == ["step_000004"]
+
+
+def test_the_reference_stays_the_initial_model(stopped, shapes_dir):
+    run = virft.start(virft.parse_config(argv(data=shapes_dir, out=stopped, resume="true")))
+    initial = dict(AutoModelForImageTextToText.from_pretrained(FLAGS["model"], dtype=torch.float32).named_parameters())
+    reference, policy = (dict(model.named_parameters()) for model in (run.reference.model, run.model))
+    assert reference.keys() == initial.keys() and all(torch.equal(reference[n], initial[n]) for n in initial)
+    assert run.checkpoint.step == 2 and sum(not torch.equal(policy[n], initial[n]) for n in initial) > 50
+
+
+def test_adapters_resume_too(shapes_dir, tmp_path):
+    flags = {"lora_rank": 2, "lr": 1e-2, "data": shapes_dir}
+    virft.main(argv(out=tmp_path / "one", **flags))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / f"step_{step:06d}")
+    resume(shapes_dir, tmp_path / "two", lora_rank=2, lr=1e-2)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+CHANGES = {
+    "lr": 1e-4, "steps": 8, "group_size": 8, "seed": 1, "beta": 0, "loss": "dapo", "prompts_per_step": 2, "temperature": 0.9,
+    "negatives": 0.2, "rewards": "iou=1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_settings_that_cannot_change_are_refused_by_name(stopped, shapes_dir, name):
+    message = refused(shapes_dir, stopped, **{name: CHANGES[name]})
+    assert f"--{name}" in message and "keeps its settings" in message
+
+
+def test_other_data_is_refused(stopped, shapes_dir, tmp_path):
+    other = shutil.copytree(shapes_dir, tmp_path / "data")
+    file = other / "annotations" / "instances_train.json"
+    table = json.loads(file.read_text())
+    table["annotations"][0]["bbox"][2] -= 8
+    file.write_text(json.dumps(table))
+    assert "the data has changed" in refused(other, stopped)
+    shutil.copytree(shapes_dir, tmp_path / "moved")
+    resume(tmp_path / "moved", stopped)  # the same data elsewhere is no change
+
+
+def spoil(folder: Path, how: str) -> None:
+    if how == "cut off":
+        file = folder / "optimizer.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "missing":
+        (folder / "model" / "model.safetensors").unlink()
+    elif how == "not JSON":
+        (folder / "state.json").write_text("{")
+    elif how == "foreign":
+        (folder / "state.json").write_text('{"global_step": 2}')
+    elif how == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+@pytest.mark.parametrize("how", ["cut off", "missing", "not JSON", "foreign", "empty"])
+def test_a_damaged_checkpoint_is_refused_and_the_good_one_offered(stopped, shapes_dir, how):
+    newest = stopped / "checkpoints" / "step_000002"
+    spoil(newest, how)
+    message = refused(shapes_dir, stopped)
+    assert str(newest) in message and f"go on from {stopped / 'checkpoints' / 'step_000001'}" in message
+    shutil.rmtree(newest)
+    assert models.read_checkpoint(models.checkpoint_folders(stopped)[-1]).step == 1
+    spoil(stopped / "checkpoints" / "step_000001", how)
+    assert "There is no other" in refused(shapes_dir, stopped)
+
+
+def test_nothing_to_resume_is_said(shapes_dir, tmp_path):
+    assert "holds no checkpoint" in refused(shapes_dir, tmp_path)
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit fails, as on a full disk
+sys.path.insert(0, ".")
+import models, virft
+plain = models.write_model
+def write_model(model, processor, folder, dtype, main):
+    if "step_000002" in str(folder):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    plain(model, processor, folder, dtype, main)
+models.write_model = write_model
+virft.main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(shapes_dir, tmp_path):
+    out = tmp_path / "run"
+    flags = argv(data=shapes_dir, out=out)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "step_000002 cannot be written" in done.stderr and "step_000001: make room" in done.stderr
+    assert [f.name for f in (out / "checkpoints").iterdir()] == ["step_000001"]
+    models.read_checkpoint(out / "checkpoints" / "step_000001")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ten_kills_change_nothing(shapes_dir, tmp_path, processes):
+    """SIGKILL at ten moments, four of them in parts of a save, six at random; the run ends as if nothing had been."""
+    rng = random.Random(processes)
+    moments = ["model", "optimizer", "rename", "prune"] + [f"{rng.uniform(0.0, 0.8):.2f}" for _ in range(6)]
+    rng.shuffle(moments)
+    ended = {}
+    for name, ways in (("plain", ["never"]), ("killed", [*moments, "never"])):
+        out = tmp_path / name
+        for moment in ways:
+            whole = out / "checkpoints"
+            again = (
+                {"resume": "true"}
+                if any(re.fullmatch(r"step_\d+", f.name) for f in whole.glob("*"))
+                else {"overwrite": "true"}
+            )
+            flags = argv(data=shapes_dir, out=out, steps=40, keep_last=2, **again)
+            command = ["tests/killed.py", moment, *flags]
+            if processes > 1:
+                command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *command]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+            )
+            if moment == "never":
+                assert done.returncode == 0, done.stdout + done.stderr
+            else:
+                killed = done.returncode == -signal.SIGKILL or "Signal 9 (SIGKILL)" in done.stderr
+                assert killed, f"{moment}: {done.stdout}{done.stderr}"
+                ended[moment] = ended.get(moment, 0) + 1
+    print(f"{processes} processes, killed at {ended}")
+    assert sum(ended.values()) == 10
+    assert_same_run(tmp_path / "plain", tmp_path / "killed")

@@ -1,0 +1,219 @@
+"""Several processes, adapters, freezing and chunks: each must compute what one plain process computes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import families
+import models
+import virft
+from bench import memory
+from bench.memory import TEXT_F, TEXT_H, VISION_D
+from conftest import ROOT, first_prompts
+from test_algorithm import capture_gradients, spread_rewards, step
+
+LOSSES = ("grpo", "dr_grpo", "dapo")
+
+
+def launch(script: str, processes: int, *argv, timeout: int = 280) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *launcher, script, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def steps(shapes_dir, tmp_path_factory):
+    """{"one", "copies", "shards"}: tensors and facts of steps_worker.py, on the demo's model, whose rewards vary."""
+    found = {}
+    for name, processes, flags in (("one", 1, []), ("copies", 2, []), ("shards", 2, ["--shard", "true"])):
+        out = tmp_path_factory.mktemp(name)
+        argv = ["--data", shapes_dir, "--model", ROOT / "demo" / "model", "--out", out / "run", *flags]
+        launch("tests/steps_worker.py", processes, out, *argv)
+        found[name] = load_file(out / "tensors.safetensors"), json.loads((out / "facts.json").read_text())
+    return found
+
+
+def flat(tensors: dict, beginning: str) -> torch.Tensor:
+    return torch.cat([t.flatten() for name, t in sorted(tensors.items()) if name.startswith(beginning)])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("engine", ["copies", "shards"])
+def test_two_processes_sample_and_learn_as_one(steps, engine, loss):
+    """[7, 17, 29] The same completions, gradients and weights, in the first step and in the second."""
+    (one, facts_one), (two, facts_two) = steps["one"], steps[engine]
+    assert facts_one[loss] == facts_two[loss] and len({r["completion"] for r in facts_one[loss]}) > 20
+    for number in (1, 2):
+        gradients = [flat(tensors, f"{loss}/{number}/gradient/") for tensors in (one, two)]
+        assert gradients[0].norm() > 0.01
+        assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 1e-5
+        weights = [flat(tensors, f"{loss}/{number}/weight/") for tensors in (one, two)]
+        assert (weights[0] - weights[1]).norm() / weights[0].norm() < 1e-6
+    before, after = (flat(one, f"{loss}/{number}/weight/") for number in (1, 2))
+    assert (before - after).norm() > 1e-4, "the second step changes nothing"
+
+
+@pytest.mark.parametrize("engine", ["copies", "shards"])
+def test_what_one_process_meets_alone_neither_hangs_nor_splits_the_others(steps, engine):
+    """[17, 18] A group without variance, all truncated, only empty completions, a gradient that is not finite."""
+    facts = steps[engine][1]
+    assert facts["skipped"].pop("not finite") == 1.0
+    assert len(facts["skipped"]) == 7 and not any(facts["skipped"].values())
+    assert facts["finite"] and len(set(facts.get("copies", [0]))) == 1
+
+
+def test_shards_are_gathered_once_per_rollout(steps):
+    """Not at every token: as many gathers as there are sharded parts, all of them before the first token."""
+    facts = steps["shards"][1]
+    assert facts["units"] == facts["gathers in a rollout"] == 7  # 2 vision blocks, 4 text blocks, the rest
+    assert steps["one"][1]["units"] == 0
+
+
+def test_adapters_alone_change_and_the_merged_model_answers_as_the_adapted_one(make_run, tmp_path):
+    run = make_run(lora_rank=2, beta=0.1, lr=1e-2)
+    spread_rewards(run)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    language = {name for name, _ in models.language_model(run.model).named_parameters(prefix="model.language_model")}
+    _, metrics = step(run, 1)
+    assert metrics.reduce(run.accelerator)["kl"] == pytest.approx(0, abs=1e-9)  # adapters start as no change
+    _, metrics = step(run, 2)
+    assert metrics.reduce(run.accelerator)["kl"] > 1e-6
+    changed = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    adapters = {name for name in before if "lora_" in name}
+    assert changed == adapters and adapters < language and len(adapters) == 2 * 4 * 7
+    inputs, ids = run.collate(first_prompts(run, 2)), torch.randint(300, 900, (4, 6))
+    with torch.no_grad():
+        adapted, _ = run.policy(inputs, ids, 2, **run.distribution)
+        initial, _ = run.reference(inputs, ids, 2, **run.distribution)
+        again, _ = run.policy(inputs, ids, 2, **run.distribution)
+    assert torch.equal(adapted, again) and (adapted - initial).abs().max() > 1e-3
+    for model, logps in ((Path(run.cfg.out) / "model", adapted), (run.cfg.model, initial)):
+        if model == Path(run.cfg.out) / "model":
+            virft.save_result(run)
+        loaded = AutoModelForImageTextToText.from_pretrained(model).eval()
+        with torch.no_grad():
+            found, _ = virft.CompletionLogps(loaded)(inputs, ids, 2, **run.distribution)
+        torch.testing.assert_close(found, logps, atol=2e-5, rtol=0)
+
+
+def test_freezing_the_vision_part_trains_the_language_model_alone(make_run):
+    run = make_run(freeze_vision="true")
+    spread_rewards(run)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    step(run)
+    changed = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "language_model" in name or "lm_head" in name}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 100])
+def test_chunks_of_completions_change_no_gradient(make_run, micro_batch):
+    taken = []
+    for size in (0, micro_batch):
+        run = make_run(micro_batch=size, prompts_per_forward=2, max_completion_tokens=24)
+        run.eos = torch.cat([run.eos, torch.arange(40, 80)])  # unequal lengths
+        spread_rewards(run)
+        taken.append(capture_gradients(run))
+        _, metrics = step(run, 1)
+        assert metrics.reduce(run.accelerator)["kl"] == pytest.approx(0, abs=1e-9)
+    assert (taken[1][0] - taken[0][0]).norm() / taken[0][0].norm() < 1e-5
+
+
+PEAK = """
+import resource, sys, torch
+sys.path[:0] = [".", "tests"]
+import virft
+from demo import warm_start
+processor = warm_start.make_processor()
+model = warm_start.make_model(processor, seed=0).eval()
+inputs = torch.tensor([[processor.image_token_id] * warm_start.IMAGE_TOKENS + list(range(100, 140))])
+pixels = torch.randn(1, 3, warm_start.SIZE, warm_start.SIZE)
+prompt = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "pixel_values": pixels}
+torch.manual_seed(0)
+ids = torch.randint(5, 300, (32, 400))
+forbidden = torch.tensor([], dtype=torch.long)
+def train(ids, micro_batch):
+    logp, _ = virft.CompletionLogps(model, micro_batch)(prompt, ids, len(ids), 1.0, forbidden)
+    logp.mean().backward()
+train(ids[:2, :8], 0)  # what a first pass allocates for good
+resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 1024
+train(ids, int(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident)
+"""
+
+
+def test_peak_memory_falls_with_the_chunk():
+    """32 completions of 400 tokens: all at once against 4 at a time, in kilobytes over what a short pass leaves."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # the allocator keeps less of what was freed
+    peaks = []
+    for size in ("0", "4"):
+        command = [sys.executable, "-c", PEAK, size]
+        done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    print(f"peak: {peaks[0] / 1024:.0f} MB at once, {peaks[1] / 1024:.0f} MB in chunks of 4")
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def kept_bytes(model, inputs: dict, ids: torch.Tensor) -> int:
+    """Bytes that autograd keeps of one scoring pass under bf16 autocast, beside the parameters."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        nothing = torch.tensor([], dtype=torch.long)
+        logps, _ = virft.CompletionLogps(model)(inputs, ids, len(ids), 1.0, nothing)
+    for p in model.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    assert logps.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("what", ["text", "vision"])
+def test_the_memory_formula_counts_what_autograd_keeps(what):
+    """bench/memory.py: growth with tokens, per layer and block, within 5% of the count."""
+    growth = []
+    for depth in (1, 3):
+        config = families.FAMILIES["Qwen2-VL"].config()
+        config.vision_config.mlp_ratio = 4  # as in the released models
+        part = config.text_config if what == "text" else config.vision_config
+        part.num_hidden_layers = part.depth = depth
+        config.text_config.layer_types = ["full_attention"] * config.text_config.num_hidden_layers
+        model, sizes = AutoModelForImageTextToText.from_config(config).eval(), []
+        for scale in (1, 3):
+            image, rows, C = ((8, 8), 4, 16 * scale) if what == "text" else ((8, 8 * scale), 1, 2)
+            ids = torch.randint(0, families.WORDS, (rows, C))
+            sizes.append(kept_bytes(model, families.prompt("Qwen2-VL", [image], 8, 1), ids))
+        growth.append((sizes[1] - sizes[0]) / (4 * 32 if what == "text" else 8 * 16))  # bytes of a token, of a patch
+    text, vision = model.config.text_config, model.config.vision_config
+    formula = (
+        TEXT_H * text.hidden_size + TEXT_F * text.intermediate_size if what == "text" else VISION_D * vision.embed_dim
+    )
+    assert (growth[1] - growth[0]) / 2 == pytest.approx(formula, rel=0.05)
+
+
+def test_the_readme_has_the_memory_table(capsys):
+    memory.main()
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
+
+
+def test_the_launcher_reads_the_configuration():
+    """Not run on GPUs here: that accelerate takes configs/gpus.yaml for what its comments say."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    arguments = ["--config_file", "configs/gpus.yaml", "virft.py", "--task", "coco", "--shard", "true"]
+    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    assert parsed.multi_gpu and parsed.num_processes == 8 and not parsed.use_fsdp and not parsed.use_deepspeed
+    assert virft.parse_config(parsed.training_script_args).shard
