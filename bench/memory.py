@@ -1,0 +1,96 @@
+"""How much GPU memory a run needs, by a formula: no GPU needed, none used.
+
+    python bench/memory.py                           # the README's table
+
+Bytes at the peak of the training pass, with T trained and F frozen parameters on each of n processes:
+
+    states       16 T (float32 weight, gradient, two moments; / n with --shard) + 2 F (bf16) + 2 R (reference, bf16; / n)
+    casts         2 T, the bf16 copies of trained matrices that autocast makes and the backward pass keeps
+    prompt        P tokens and, where the vision tower is trained, its patches: activations, see below
+    completions   m x C tokens, m = --micro_batch or all G x prompts_per_forward: activations, logits and their
+                  gradient (4 V a token), and the forked cache, 4 k L a token of (2 P + C)
+    log-softmax   a few float32 blocks of 2^25 numbers, whatever the length: 0.5 GB
+
+Activations that autograd keeps, counted on Qwen2-VL layers under bf16 autocast (tests/test_scale.py checks the count):
+37 h + 8 f bytes per token and text layer (h hidden size, f width of the MLP), 47 d per patch and vision block. A
+frozen vision tower keeps none. Sharding also gathers, for sampling, all weights of one model on each process: 4 T.
+"""
+
+from dataclasses import dataclass
+
+TEXT_H, TEXT_F, VISION_D = 37, 8, 47
+LOG_SOFTMAX = 4 * 4 * 2**25
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formula needs of a model: parameters, text sizes, vision sizes."""
+
+    name: str
+    parameters: float
+    vision_parameters: float
+    layers: int
+    hidden: int
+    mlp: int
+    kv: int  # key width over all heads
+    vocabulary: int
+    blocks: int
+    vision_width: int
+
+
+SHAPES = (
+    Shape("Qwen2-VL-2B", 2.21e9, 0.67e9, 28, 1536, 8960, 256, 151_936, 32, 1280),
+    Shape("Qwen2.5-VL-3B", 3.75e9, 0.67e9, 36, 2048, 11_008, 256, 151_936, 32, 1280),
+    Shape("Qwen2-VL-7B", 8.29e9, 0.68e9, 28, 3584, 18_944, 512, 152_064, 32, 1280),
+)
+
+
+def text_activations(shape: Shape, tokens: int) -> float:
+    return tokens * shape.layers * (TEXT_H * shape.hidden + TEXT_F * shape.mlp)
+
+
+def gigabytes(
+    shape: Shape, G: int, C: int, micro_batch: int = 0, lora: float = 0.0, freeze_vision: bool = False, beta: float = 0.04,
+    processes: int = 1, shard: bool = False, max_pixels: int = 401_408,
+) -> float:  # fmt: skip
+    """Peak of one training forward and backward with one prompt; lora: parameters of the adapters, 0 for none."""
+    trained = lora or shape.parameters - (shape.vision_parameters if freeze_vision else 0)
+    frozen = shape.parameters + lora - trained
+    reference = shape.parameters if beta and not lora else 0
+    n = processes if shard else 1
+    states = (16 * trained + 2 * frozen + 2 * reference) / n
+    gathered = 4 * trained if shard else 0
+    patches = max_pixels // 14**2
+    prompt_tokens = patches // 4 + 110  # our detection prompt has about 110 tokens of text
+    prompt = text_activations(shape, prompt_tokens)
+    if not (lora or freeze_vision):
+        prompt += patches * shape.blocks * VISION_D * shape.vision_width
+    rows = min(micro_batch or G, G)
+    completions = rows * (
+        text_activations(shape, C) + 4 * shape.vocabulary * C + 4 * shape.kv * shape.layers * (2 * prompt_tokens + C)
+    )
+    return (max(states + 2 * trained + prompt + completions, states + gathered) + LOG_SOFTMAX) / GB
+
+
+ROWS = (
+    (0, 8, 256, {}, ""),
+    (0, 8, 512, {}, ""),
+    (0, 8, 512, {"micro_batch": 2}, "--micro_batch 2"),
+    (0, 8, 512, {"micro_batch": 2, "freeze_vision": True, "beta": 0.0}, "--micro_batch 2 --freeze_vision true --beta 0"),
+    (0, 8, 512, {"micro_batch": 2, "lora": 18e6}, "--micro_batch 2 --lora_rank 16"),
+    (1, 8, 512, {"micro_batch": 2}, "--micro_batch 2"),
+    (2, 4, 512, {"micro_batch": 1, "shard": True, "processes": 8}, "--micro_batch 1 --shard true, 8 processes"),
+    (2, 8, 256, {"micro_batch": 1, "lora": 40e6, "max_pixels": 200_704}, "--micro_batch 1 --lora_rank 16 --max_pixels 200704"),
+)  # fmt: skip
+
+
+def main() -> None:
+    print("| model | G | completion | flags | GB per GPU |\n|---|---|---|---|---|")
+    for index, G, C, settings, flags in ROWS:
+        shape = SHAPES[index]
+        print(f"| {shape.name} | {G} | {C} | `{flags or '(defaults)'}` | {gigabytes(shape, G, C, **settings):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Seconds and memory per optimizer step against TRL's GRPOTrainer with its plain generation, on CPU.
+
+    pip install trl==1.16.0
+    python bench/vs_trl.py                                        # (224 px, 48 tokens, G 8) and (336 px, 64, G 8)
+    python bench/vs_trl.py --cases 336,256,8 336,512,8 --rounds 1
+    python bench/vs_trl.py --losses                               # both losses on the same log-probabilities
+
+A case is IMAGE_SIDE,COMPLETION_TOKENS,G. Both sides train the same LLaVA-class model of random weights (text of 6 layers,
+width 256, 4 heads, MLP 1024; SigLIP tower of the same depth and width, patch 14) on the same pictures and questions,
+one prompt a step, beta 0.04, float32, AdamW, no EOS, so that every completion has the same length. "repeated" is our
+own loop with the prompt repeated for every completion. Sides alternate, each time in a fresh process, whose peak
+memory is taken over what was resident before the first step; the first step is warm-up.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"], os.environ["TOKENIZERS_PARALLELISM"] = "1", "false"
+
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    SiglipVisionConfig,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
+
+import data  # noqa: E402
+import virft  # noqa: E402
+from demo import shapes, warm_start  # noqa: E402
+
+PATCH = 14
+
+
+def write_model(folder: Path, side: int) -> None:
+    torch.manual_seed(0)
+    tokenizer = warm_start.make_tokenizer()
+    width = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**width, image_size=side, patch_size=PATCH, vision_use_head=False),
+        text_config=LlamaConfig(
+            **width, vocab_size=len(tokenizer), max_position_embeddings=2048, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_id=image_id, image_seq_length=(side // PATCH) ** 2, vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(size={"height": side, "width": side}), tokenizer=tokenizer, patch_size=PATCH,
+        vision_feature_select_strategy="full", chat_template=warm_start.CHAT_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def reward(text: str, *_, **__) -> float:
+    """Anything that differs within a group and costs nothing."""
+    return sum(map(ord, text[:200])) % 8
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def repeat_prompts(G: int) -> None:
+    """Switch sharing off: every completion gets a prompt of its own, encoded for it alone."""
+    plain = virft.prefill
+    virft.prefill = lambda model, inputs: plain(model, {n: t.repeat_interleave(G, 0) for n, t in inputs.items()})
+    virft.fork = lambda prefix, rows: prefix
+
+
+def ours(folder: Path, C: int, G: int, steps: int, repeated: bool) -> dict:
+    flags = {
+        "data": folder / "data", "model": folder / "model", "out": folder / "run", "overwrite": "true", "steps": steps + 1, "prompts_per_step": 1,
+        "group_size": G, "max_completion_tokens": C, "beta": 0.04, "lr": 1e-6, "workers": 0,
+    }  # fmt: skip
+    run = virft.start(virft.parse_config([part for n, v in flags.items() for part in (f"--{n}", str(v))]))
+    run.distribution["forbidden"] = torch.cat([run.distribution["forbidden"], run.eos])
+    run.rewards = {"any": (reward, 1.0)}
+    if repeated:
+        repeat_prompts(G)
+    before, seconds, phases = resident(), [], []
+    stream = iter(virft.prompt_stream(run, 0))
+    for step in range(1, steps + 2):
+        start = time.perf_counter()
+        run.seconds.clear()
+        prompts = data.whole(next(stream))
+        ro = virft.rollout(run, prompts, step)
+        virft.update(run, ro, virft.Averages())
+        seconds.append(time.perf_counter() - start)
+        phases.append(dict(run.seconds))
+        assert ro.ids.shape == (G, C)
+    return {
+        "seconds": seconds[1:], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "phases": {n: statistics.median(p[n] for p in phases[1:]) for n in phases[0]},
+        "prompt": prompts[0].inputs["input_ids"].shape[1],
+    }  # fmt: skip
+
+
+def make_trainer(folder: Path, C: int, G: int, steps: int, beta: float = 0.04, **settings):
+    import datasets
+    from trl import GRPOConfig, GRPOTrainer
+
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    examples, _ = data.read_coco(str(folder / "data"), "train")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": warm_start.prompt(e.category)}]}],
+            "image": data.open_image(e.images[0]),
+        }
+        for e in examples[: steps + 1]
+    ]  # fmt: skip
+    config = GRPOConfig(
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, per_device_train_batch_size=G, num_generations=G,
+        gradient_accumulation_steps=1, max_completion_length=C, beta=beta, learning_rate=1e-6, max_steps=steps + 1,
+        loss_type="grpo", temperature=1.0, gradient_checkpointing=False, optim="adamw_torch_fused", report_to=[], save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, generation_kwargs={"suppress_tokens": [processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<image>")]},
+        **settings,
+    )  # fmt: skip
+
+    def any_reward(completions, **_) -> list[float]:
+        return [reward(str(completion)) for completion in completions]
+
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    return GRPOTrainer(model, any_reward, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor)  # fmt: skip
+
+
+def theirs(folder: Path, C: int, G: int, steps: int) -> dict:
+    from transformers import TrainerCallback
+
+    trainer = make_trainer(folder, C, G, steps)
+    times, lengths, phases = [], [], []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter())
+
+    def timed(name: str) -> None:
+        plain = getattr(trainer, name)
+
+        def wrapped(*args, **kwargs):
+            start = time.perf_counter()
+            result = plain(*args, **kwargs)
+            phases.append((name, time.perf_counter() - start))
+            return result
+
+        setattr(trainer, name, wrapped)
+
+    for name in ("_generate", "_generate_and_score_completions"):
+        timed(name)
+    plain_loss = trainer._compute_loss
+
+    def compute_loss(model, inputs):
+        lengths.append(inputs["completion_mask"].sum(1).tolist())
+        return plain_loss(model, inputs)
+
+    trainer._compute_loss = compute_loss
+    trainer.add_callback(Clock())
+    before = resident()
+    trainer.train()
+    assert all(n == C for row in lengths for n in row), lengths
+    seconds = [b - a for a, b in zip(times[1:], times[2:])]
+    median = {name: statistics.median([s for n, s in phases if n == name][1:]) for name in dict(phases)}
+    scoring = median["_generate_and_score_completions"]
+    return {
+        "seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "phases": {"sample": median["_generate"], "reference": scoring - median["_generate"], "train": statistics.median(seconds) - scoring},
+    }  # fmt: skip
+
+
+def compare_losses(folder: Path) -> None:
+    """TRL's loss and ours on the same log-probabilities, with a ratio that clips and a reference that differs."""
+    G, C = 4, 16
+    generator = torch.Generator().manual_seed(0)
+    logp = -torch.rand(G, C, generator=generator)
+    old, reference = (logp + 0.4 * torch.randn(G, C, generator=generator) for _ in range(2))
+    mask = torch.arange(C) < torch.tensor([[16], [9], [1], [12]])
+    advantages = virft.group_advantages(torch.rand(1, G, generator=generator)).flatten()
+    for loss in ("grpo", "dr_grpo", "dapo"):
+        trainer = make_trainer(folder, C, G, 1, use_bias_correction_kl=False)
+        trainer.loss_type = loss
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model.train()
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logp, torch.zeros(G, C), None)
+        inputs = {
+            "prompt_ids": torch.zeros(G, 2, dtype=torch.long), "prompt_mask": torch.ones(G, 2, dtype=torch.long),
+            "completion_ids": torch.zeros(G, C, dtype=torch.long), "completion_mask": mask.long(), "advantages": advantages,
+            "old_per_token_logps": old, "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
+        }  # fmt: skip
+        them = float(trainer._compute_loss(trainer.model, inputs))
+        weights, divisor = virft.token_weights(mask, loss, C)
+        us = float(virft.grpo_loss(logp, old, reference, advantages, weights, 0.2, 0.2, 0.04)[0] / divisor)
+        print(f"{loss:8s} TRL {them:.8f}   virft.py {us:.8f}   difference {abs(us - them):.1e}")
+        assert abs(us - them) < 1e-5
+
+
+def measure(side: str, case: str, folder: Path, steps: int) -> dict:
+    """One side in a process of its own."""
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--cases",
+        case,
+        "--steps",
+        str(steps),
+        "--folder",
+        str(folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def prepare(folder: Path, side: int) -> Path:
+    folder = folder / str(side)
+    if not folder.exists():
+        shapes.write_split(folder / "data", "train", 12, seed=0)
+        write_model(folder / "model", side)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=["224,48,8", "336,64,8"], help="IMAGE_SIDE,COMPLETION_TOKENS,G")
+    parser.add_argument("--rounds", type=int, default=3, help="alternations")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
+    parser.add_argument("--losses", action="store_true")
+    parser.add_argument("--side", choices=("virft.py", "repeated", "TRL"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        side, C, G = map(int, args.cases[0].split(","))
+        folder = prepare(args.folder, side)
+        if args.side == "TRL":
+            result = theirs(folder, C, G, args.steps)
+        else:
+            result = ours(folder, C, G, args.steps, args.side == "repeated")
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if args.losses:
+            return compare_losses(prepare(folder, 224))
+        print(
+            "| prompt, completion, G | | s / step | sample | reference | train | peak GB | TRL / this: time | this / TRL: memory |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|")
+        for case in args.cases:
+            side, C, G = map(int, case.split(","))
+            prepare(folder, side)
+            rounds = [
+                {s: measure(s, case, folder, args.steps) for s in ("virft.py", "repeated", "TRL")}
+                for _ in range(args.rounds)
+            ]
+            seconds = {s: [statistics.median(r[s]["seconds"]) for r in rounds] for s in rounds[0]}
+            peak = {s: statistics.median(r[s]["peak"] for r in rounds) for s in rounds[0]}
+            for name in rounds[0]:
+                phases = [
+                    statistics.median(r[name]["phases"][p] for r in rounds) for p in ("sample", "reference", "train")
+                ]
+                ratio = statistics.median(t / s for t, s in zip(seconds["TRL"], seconds[name]))
+                print(
+                    f"| {rounds[0]['virft.py']['prompt']}, {C}, {G} | {name} | {statistics.median(seconds[name]):.2f} | "
+                    + " | ".join(f"{p:.2f}" for p in phases)
+                    + f" | {peak[name] / 1e9:.2f} | {ratio:.1f} | {peak[name] / peak['TRL']:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
