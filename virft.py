@@ -881,6 +881,28 @@ def learning_rate(cfg: Config, step: int) -> float:
     return cfg.lr * min(1.0, step / (cfg.warmup_steps + 1)) * (1.0 - (step - 1) / cfg.steps)
 
 
+def write_step(run: Run, ro: Rollout, row: dict) -> None:
+    """A step's line of metrics.jsonl, its completions and, now and then, a picture of the first of them."""
+    cfg, out, step = run.cfg, Path(run.cfg.out), row["step"]
+    records = gather_object(rollout_records(ro, step))
+    if run.accelerator.is_main_process:
+        evaluate.append_rows(out / "rollouts.jsonl", records)
+        evaluate.append_rows(out / "metrics.jsonl", [row])
+        if cfg.picture_every and step % cfg.picture_every == 0:
+            picture = out / "pictures" / f"step_{step:06d}.png"
+            evaluate.draw_answer(run.prompts.task, ro.prompts[0], ro.texts[0], picture)
+    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+
+
+def save_state(run: Run, step: int) -> None:
+    """A checkpoint to resume from: what models.save_checkpoint writes, and what must not have changed by then."""
+    state = {"step": step, "settings": asdict(run.cfg), "data": data_fingerprint(run.prompts.examples)}
+    models.save_checkpoint(
+        run.model, run.optimizer, run.processor, run.adapters, models.checkpoint_folder(Path(run.cfg.out), step), state,
+        run.cfg.keep_last, run.accelerator.is_main_process,
+    )  # fmt: skip
+
+
 def train_steps(run: Run) -> int:
     """The loop: `rollout`, `update`, write down; evaluate and save now and then. Returns the number of steps done."""
     cfg, accelerator, out = run.cfg, run.accelerator, Path(run.cfg.out)
@@ -908,21 +930,10 @@ def train_steps(run: Run) -> int:
         metrics.add("stop", stop.requested)
         row = {"step": step, "lr": lr, **metrics.reduce(accelerator)}
         interrupted = row.pop("stop") > 0  # agreed on by all processes
-        records = gather_object(rollout_records(ro, step))
-        if accelerator.is_main_process:
-            evaluate.append_rows(out / "rollouts.jsonl", records)
-            evaluate.append_rows(out / "metrics.jsonl", [row])
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
-            if cfg.picture_every and step % cfg.picture_every == 0:
-                picture = out / "pictures" / f"step_{step:06d}.png"
-                evaluate.draw_answer(run.prompts.task, prompts[0], ro.texts[0], picture)
-        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        write_step(run, ro, row)
+        bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
         if interrupted or cfg.save_every and step % cfg.save_every == 0:
-            state = {"step": step, "settings": asdict(cfg), "data": data_fingerprint(run.prompts.examples)}
-            folder = models.checkpoint_folder(out, step)
-            models.save_checkpoint(
-                run.model, run.optimizer, run.processor, run.adapters, folder, state, cfg.keep_last, accelerator.is_main_process
-            )  # fmt: skip
+            save_state(run, step)
         if cfg.eval_every and step % cfg.eval_every == 0:
             scores = evaluate_model(run, held_out, out / f"eval_{step:06d}")
             accelerator.log({f"eval_{name}": value for name, value in scores.items()}, step=step)
@@ -1022,6 +1033,27 @@ def ask(run: Run) -> None:
 CHECKED = 16  # examples that --check looks at
 
 
+def check_facts(run: Run, chosen: list[Prompt], rollouts: list[Rollout]) -> dict[str, float]:
+    """What --check prints and evaluate.doubts judges, over all answers to the chosen examples."""
+    prompts, task = run.prompts, run.prompts.task
+    texts, lengths = [text for ro in rollouts for text in ro.texts], torch.cat([ro.mask.sum(1) for ro in rollouts])
+    rewards = torch.cat([ro.rewards for ro in rollouts])
+    facts = evaluate.answer_shares(texts, task.parse)
+    facts["truncated"] = float(torch.cat([ro.truncated for ro in rollouts]).float().mean())
+    facts["zero_variance_groups"] = float((rewards == rewards[:, :1]).all(1).float().mean())
+    facts["true_no_objects"] = sum(p.example.solution == () for p in chosen) / len(chosen)
+    if task.boxes:
+        for convention in ("relative", "pixels"):
+            facts[f"iou as {convention}"] = evaluate.box_fit(chosen, texts, task, prompts.fit, convention)
+        facts["boxes per answer"] = sum(len(data.boxes_in(task.parse(text) or [])) for text in texts) / len(texts)
+        facts["true boxes"] = sum(len(data.boxes_in(p.example.solution)) for p in chosen) / len(chosen)
+    facts |= {f"reward {name}": float(torch.cat([ro.parts[name] for ro in rollouts]).mean()) for name in run.rewards}
+    facts |= {"tokens, mean": float(lengths.float().mean()), "tokens, most": float(lengths.max())}
+    moments = 8 * sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    facts["peak memory, GB, with the optimizer's moments"] = (models.peak_memory(run.device) + moments) / 1e9
+    return facts
+
+
 def check(run: Run) -> None:
     """--check: sample as training does, go through one backward pass, and print what a run would meet."""
     cfg, prompts, task = run.cfg, run.prompts, run.prompts.task
@@ -1038,30 +1070,15 @@ def check(run: Run) -> None:
     logp.sum().backward()
     run.optimizer.zero_grad(set_to_none=True)
 
-    texts, lengths = [text for ro in rollouts for text in ro.texts], torch.cat([ro.mask.sum(1) for ro in rollouts])
-    rewards = torch.cat([ro.rewards for ro in rollouts])
-    facts = evaluate.answer_shares(texts, task.parse)
-    facts["truncated"] = float(torch.cat([ro.truncated for ro in rollouts]).float().mean())
-    facts["zero_variance_groups"] = float((rewards == rewards[:, :1]).all(1).float().mean())
-    facts["true_no_objects"] = sum(p.example.solution == () for p in chosen) / len(chosen)
-    if task.boxes:
-        for convention in ("relative", "pixels"):
-            facts[f"iou as {convention}"] = evaluate.box_fit(chosen, texts, task, prompts.fit, convention)
-        facts["boxes per answer"] = sum(len(data.boxes_in(task.parse(text) or [])) for text in texts) / len(texts)
-        facts["true boxes"] = sum(len(data.boxes_in(p.example.solution)) for p in chosen) / len(chosen)
-    facts |= {f"reward {name}": float(torch.cat([ro.parts[name] for ro in rollouts]).mean()) for name in run.rewards}
-    facts |= {"tokens, mean": float(lengths.float().mean()), "tokens, most": float(lengths.max())}
-    moments = 8 * sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
-    facts["peak memory, GB, with the optimizer's moments"] = (models.peak_memory(run.device) + moments) / 1e9
-
+    facts = check_facts(run, chosen, rollouts)
     coordinates = chosen[0].example.coordinates or prompts.coordinates
     picture = Path(cfg.out) / "check.png"
     if run.accelerator.is_main_process:
-        evaluate.draw_answer(task, chosen[0], texts[0], picture)
+        evaluate.draw_answer(task, chosen[0], first.texts[0], picture)
     found = evaluate.doubts(facts, coordinates)
     run.say(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
     run.say("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
-    run.say("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in texts[: cfg.group_size]))
+    run.say("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in first.texts[: cfg.group_size]))
     run.say("\n".join(f"LOOKS WRONG: {doubt}" for doubt in found) or "nothing looks wrong")
     run.say(f"the first answer is drawn in {picture}; nothing was trained")
 

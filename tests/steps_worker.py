@@ -106,6 +106,7 @@ def main() -> None:
     if run.accelerator.is_main_process:
         save_file(tensors, out / "tensors.safetensors")
         (out / "facts.json").write_text(json.dumps(facts))
+    virft.finish(run)
 
 
 if __name__ == "__main__":

@@ -209,11 +209,23 @@ def test_the_readme_has_the_memory_table(capsys):
     assert capsys.readouterr().out in (ROOT / "README.md").read_text()
 
 
-def test_the_launcher_reads_the_configuration():
-    """Not run on GPUs here: that accelerate takes configs/gpus.yaml for what its comments say."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-
-    arguments = ["--config_file", "configs/gpus.yaml", "virft.py", "--task", "coco", "--shard", "true"]
-    parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
-    assert parsed.multi_gpu and parsed.num_processes == 8 and not parsed.use_fsdp and not parsed.use_deepspeed
-    assert virft.parse_config(parsed.training_script_args).shard
+@pytest.mark.parametrize("shard", [False, True])
+def test_the_configuration_launches(shapes_dir, tmp_path, shard):
+    """configs/gpus.yaml as the README has it, with two processes: on CPUs where there is no GPU."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    flags = dict(
+        task="coco", data=shapes_dir, model=ROOT / "demo" / "model", out=tmp_path / "run", steps=2, workers=0, shard=shard,
+        prompts_per_step=4, group_size=4, max_completion_tokens=24, lr=1e-3,
+    )  # fmt: skip
+    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    done = subprocess.run(
+        [*accelerate, "--config_file", "configs/gpus.yaml", "--num_processes", "2", "virft.py", *argv], cwd=ROOT,
+        capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and "2 processes x 2" in done.stdout
+    weights = [
+        load_file(folder / "model.safetensors") for folder in (ROOT / "demo" / "model", tmp_path / "run" / "model")
+    ]
+    assert any((weights[1][name] != tensor).any() for name, tensor in weights[0].items())
