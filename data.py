@@ -252,6 +252,7 @@ class Example:
                  pixels; classification: the class name, or all names that are accepted; `rows`: what the row says
     category     what is asked for, or the class: scores are also given by category
     crowds       regions that detection scores must ignore (COCO's iscrowd), original pixels
+    exhaustive   `solution` is all that the image shows of the category; if not, boxes that match nothing prove nothing
     image_id     groups the examples of one image, for scores over images; category_id is COCO's
     question     a prompt that came with the data; None: the task writes it
     coordinates  the convention that `question` speaks; None: the model family's
@@ -263,6 +264,7 @@ class Example:
     solution: Any
     category: str
     crowds: tuple[Box, ...] = ()
+    exhaustive: bool = True
     image_id: int = 0
     category_id: int = 0
     question: str | None = None
@@ -475,7 +477,8 @@ def read_lvis(data: str, split: str, choice: Choice = Choice()) -> tuple[list[Ex
     """Read a folder of LVIS_LAYOUT.
 
     Names are asked for in plain words. LVIS is not annotated in full: what an image is known not to show are its
-    `neg_category_ids`, and only these become negatives; `not_exhaustive_category_ids` never do.
+    `neg_category_ids`, and only these become negatives; `not_exhaustive_category_ids` never do, and neither they nor
+    categories that nobody looked for count as `exhaustive`.
     """
     root = Path(data)
     file = _annotation_file(root, f"lvis*_{split}*.json", LVIS_LAYOUT)
@@ -522,12 +525,13 @@ def detection_examples(
     boxes, crowds = annotated_boxes(file, table["annotations"], images, name_of, flaws)
     leave_out(file, list(flaws.values()), choice, notes)
     usable = [image_id for image_id in images if image_id not in flaws]
+    known = {record["id"]: Verified.of(record, name_of) for record in table["images"] if "neg_category_ids" in record}
     if choice.eval_categories == "gt":
         shown = {name: [i for i in usable if (i, name) in boxes] for name in wanted}
         if empty := [name for name in wanted if not shown[name]]:
             notes.append(f"{file}: no image shows {', '.join(empty)}")
         pairs = [(i, name) for name, ids in take_shots(file, shown, choice, notes).items() for i in ids]
-        absent = absent_categories(table["images"], name_of, wanted, boxes.keys() | crowds.keys())
+        absent = absent_categories(known, wanted, boxes.keys() | crowds.keys())
         pairs += negative_pairs(pairs, absent, choice, notes)
     else:
         pairs = every_pair(usable, wanted, choice)
@@ -537,7 +541,10 @@ def detection_examples(
     def example(image_id, name: str) -> Example:
         path, size = images[image_id]
         targets, ignored = (tuple(table.get((image_id, name), ())) for table in (boxes, crowds))
-        return Example(f"{split}/{image_id}/{name}", (path,), size, targets, name, ignored, image_id, id_of[name])
+        exhaustive = image_id not in known or known[image_id].exhaustive(name, bool(targets))
+        return Example(
+            f"{split}/{image_id}/{name}", (path,), size, targets, name, ignored, exhaustive, image_id, id_of[name]
+        )
 
     return [example(*pair) for pair in pairs], notes
 
@@ -584,22 +591,39 @@ def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: 
     return boxes, crowds
 
 
-def absent_categories(rows: list, name_of: dict, wanted: list[str], shown: Container) -> Callable[[Any], list[str]]:
+@dataclass(frozen=True)
+class Verified:
+    """What is known of one image of LVIS, of whose categories only a few were looked for; by name.
+
+    absent    verified not to be shown (`neg_category_ids`)
+    partial   shown, but not every instance is annotated (`not_exhaustive_category_ids`)
+    """
+
+    absent: frozenset[str]
+    partial: frozenset[str]
+
+    @classmethod
+    def of(cls, record: dict, name_of: dict) -> "Verified":
+        absent, partial = (
+            frozenset(name_of[i] for i in record.get(key, ()) if i in name_of)
+            for key in ("neg_category_ids", "not_exhaustive_category_ids")
+        )
+        return cls(absent - partial, partial)
+
+    def exhaustive(self, name: str, shown: bool) -> bool:
+        return name not in self.partial and (shown or name in self.absent)
+
+
+def absent_categories(known: dict[Any, Verified], wanted: list[str], shown: Container) -> Callable[[Any], list[str]]:
     """absent(image id): which of the wanted categories the image is known not to show.
 
     COCO is annotated in full: all that are not in `shown`, which holds (image id, category). LVIS knows it of a few per
-    image, `neg_category_ids`.
+    image, those of `known`.
     """
-    verified = {
-        record["id"]: {name_of.get(i) for i in record["neg_category_ids"]}
-        - {name_of.get(i) for i in record.get("not_exhaustive_category_ids", ())}
-        for record in rows
-        if "neg_category_ids" in record
-    }
 
     def absent(image_id) -> list[str]:
-        known = verified.get(image_id, wanted)
-        return [name for name in wanted if name in known and (image_id, name) not in shown]
+        candidates = known[image_id].absent if image_id in known else wanted
+        return [name for name in wanted if name in candidates and (image_id, name) not in shown]
 
     return absent
 
@@ -1071,7 +1095,8 @@ TASKS = {
     for task in (
         detection("coco", read_coco, hub_data=f"{HUB}COCO"),
         detection("lvis", read_lvis, hub_data=f"{HUB}LVIS_few_shot",
-                  caveat="not LVIS's federated AP, which leaves out categories that nobody verified"),
+                  caveat="by LVIS's federated rule: boxes of categories that nobody verified in an image are ignored, and so "
+                  "are unmatched ones where not every instance is annotated"),
         classification("flowers", read_classes, partial(class_prompt, "species", "flower"),
                        hub_data=f"{HUB}CLS_flower_4_shot"),
         classification("pets", partial(read_classes, published=pets_lists), partial(class_prompt, "breed", "cat or dog"),

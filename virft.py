@@ -65,7 +65,7 @@ import data
 import evaluate
 import models
 from data import CATEGORY_SPLITS, DataError, Example, Prompt, Prompts
-from models import Checkpoint, next_position, repeated_logits, shares_prompt, told_positions
+from models import Checkpoint, make_room, next_position, repeated_logits, shares_prompt, told_positions
 from rewards import choose_rewards, reward_weights
 
 
@@ -234,6 +234,7 @@ def sample(
     """
     rows = torch.arange(len(inputs["input_ids"]) * group_size, device=eos.device)
     prefix, going = fork(prefill(model, inputs), rows // group_size), rows  # going: the rows that have not ended
+    make_room(prefix.cache)
     logits, ids = prefix.logits, eos[0].repeat(len(rows), max_tokens)
     for t in range(max_tokens):
         logp = log_distribution(logits, temperature, forbidden)

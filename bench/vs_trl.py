@@ -3,6 +3,7 @@
     pip install trl==1.16.0
     python bench/vs_trl.py                                        # (224 px, 48 tokens, G 8) and (336 px, 64, G 8)
     python bench/vs_trl.py --cases 336,256,8 336,512,8 --rounds 1
+    python bench/vs_trl.py --sides virft.py --cases 336,64,4 336,64,16    # growth with G; needs no TRL
     python bench/vs_trl.py --losses                               # both losses on the same log-probabilities
 
 A case is IMAGE_SIDE,COMPLETION_TOKENS,G. Both sides train the same LLaVA-class model of random weights (text of 6 layers,
@@ -44,6 +45,7 @@ import virft  # noqa: E402
 from demo import shapes, warm_start  # noqa: E402
 
 PATCH = 14
+SIDES = ("virft.py", "repeated", "TRL")
 
 
 def write_model(folder: Path, side: int) -> None:
@@ -142,7 +144,7 @@ def theirs(folder: Path, C: int, G: int, steps: int) -> dict:
     from transformers import TrainerCallback
 
     trainer = make_trainer(folder, C, G, steps)
-    times, lengths, phases = [], [], []
+    times, lengths, phases, prompts = [], [], [], []
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -168,6 +170,7 @@ def theirs(folder: Path, C: int, G: int, steps: int) -> dict:
 
     def compute_loss(model, inputs):
         lengths.append(inputs["completion_mask"].sum(1).tolist())
+        prompts.append(inputs["prompt_ids"].shape[1])
         return plain_loss(model, inputs)
 
     trainer._compute_loss = compute_loss
@@ -181,6 +184,7 @@ def theirs(folder: Path, C: int, G: int, steps: int) -> dict:
     return {
         "seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
         "phases": {"sample": median["_generate"], "reference": scoring - median["_generate"], "train": statistics.median(seconds) - scoring},
+        "prompt": prompts[0],
     }  # fmt: skip
 
 
@@ -212,18 +216,8 @@ def compare_losses(folder: Path) -> None:
 
 def measure(side: str, case: str, folder: Path, steps: int) -> dict:
     """One side in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--side",
-        side,
-        "--cases",
-        case,
-        "--steps",
-        str(steps),
-        "--folder",
-        str(folder),
-    ]
+    argv = ["--side", side, "--cases", case, "--steps", str(steps), "--folder", str(folder)]
+    command = [sys.executable, __file__, *argv]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
@@ -238,13 +232,33 @@ def prepare(folder: Path, side: int) -> Path:
     return folder
 
 
+def table_rows(rounds: list[dict], C: int, G: int) -> str:
+    """Medians over rounds of medians over steps; a ratio of times is the median of the rounds' own ratios."""
+    lines = []
+    seconds = {s: [statistics.median(r[s]["seconds"]) for r in rounds] for s in rounds[0]}
+    peak = {s: statistics.median(r[s]["peak"] for r in rounds) for s in rounds[0]}
+    for side in rounds[0]:
+        phases = [statistics.median(r[side]["phases"][p] for r in rounds) for p in ("sample", "reference", "train")]
+        cells = [
+            f"{rounds[0][side]['prompt']}, {C}, {G}",
+            side,
+            *(f"{s:.2f}" for s in (statistics.median(seconds[side]), *phases, peak[side] / 1e9)),
+        ]
+        if "TRL" in seconds:
+            ratio = statistics.median(t / s for t, s in zip(seconds["TRL"], seconds[side]))
+            cells += [f"{ratio:.1f}", f"{peak[side] / peak['TRL']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["224,48,8", "336,64,8"], help="IMAGE_SIDE,COMPLETION_TOKENS,G")
     parser.add_argument("--rounds", type=int, default=3, help="alternations")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--losses", action="store_true")
-    parser.add_argument("--side", choices=("virft.py", "repeated", "TRL"), help=argparse.SUPPRESS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -267,23 +281,8 @@ def main() -> None:
         for case in args.cases:
             side, C, G = map(int, case.split(","))
             prepare(folder, side)
-            rounds = [
-                {s: measure(s, case, folder, args.steps) for s in ("virft.py", "repeated", "TRL")}
-                for _ in range(args.rounds)
-            ]
-            seconds = {s: [statistics.median(r[s]["seconds"]) for r in rounds] for s in rounds[0]}
-            peak = {s: statistics.median(r[s]["peak"] for r in rounds) for s in rounds[0]}
-            for name in rounds[0]:
-                phases = [
-                    statistics.median(r[name]["phases"][p] for r in rounds) for p in ("sample", "reference", "train")
-                ]
-                ratio = statistics.median(t / s for t, s in zip(seconds["TRL"], seconds[name]))
-                print(
-                    f"| {rounds[0]['virft.py']['prompt']}, {C}, {G} | {name} | {statistics.median(seconds[name]):.2f} | "
-                    + " | ".join(f"{p:.2f}" for p in phases)
-                    + f" | {peak[name] / 1e9:.2f} | {ratio:.1f} | {peak[name] / peak['TRL']:.2f} |",
-                    flush=True,
-                )
+            rounds = [{s: measure(s, case, folder, args.steps) for s in args.sides} for _ in range(args.rounds)]
+            print(table_rows(rounds, C, G), flush=True)
 
 
 if __name__ == "__main__":

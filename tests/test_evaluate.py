@@ -4,13 +4,19 @@ import json
 import os
 import random
 import re
+import sys
+import types
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import data
 import evaluate
+from conftest import SHARED, shared
 from data import TASKS, DataError, Example
 from rewards import REWARDS
 
@@ -55,7 +61,7 @@ ONE = [
 def test_ap_of_known_flaws():
     """Against AP by hand: with recall sampled at 101 points, one of two boxes found is AP 51/101."""
     one = example(1, (10, 10, 60, 60), (100, 20, 180, 90))
-    half = Example(**{**one.__dict__, "solution": one.solution[:1]})
+    half = replace(one, solution=one.solution[:1])
     assert ap(record(one, exact_answer(half)))["AP50"] == pytest.approx(51 / 101)
     nothing = ap(record(one, "<answer>No Objects</answer>"))
     assert nothing == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
@@ -110,6 +116,57 @@ def test_boxes_at_absent_categories_lower_ap():
     right = record(shown, exact_answer(shown).replace("1}", "0.5}"))
     assert ap(right, record(absent, "<answer>No Objects</answer>"))["AP50"] == pytest.approx(1.0)
     assert ap(right, record(absent, box))["AP50"] == pytest.approx(0.5)
+
+
+def test_boxes_where_nobody_looked_are_ignored():
+    """LVIS's rule: a box that matches nothing is an error only where all there is was annotated."""
+    text = (
+        f"<answer>{data.detection_answer([(50, 100, 300, 600), (600, 100, 800, 900)], [0.5, 0.9], digits=3)}</answer>"
+    )
+    shown = example(1, (10, 10, 60, 60))
+    assert ap(record(shown, text))["AP50"] == pytest.approx(0.5)
+    assert ap(record(replace(shown, exhaustive=False), text))["AP50"] == pytest.approx(1.0)
+    right, elsewhere = record(shown, exact_answer(shown).replace("1}", "0.5}")), example(2)
+    assert ap(right, record(elsewhere, text))["AP50"] == pytest.approx(0.5), "verified to be absent"
+    assert ap(right, record(replace(elsewhere, exhaustive=False), text))["AP50"] == pytest.approx(1.0)
+
+
+@shared("lvis_val_100")
+def test_federated_ap_is_that_of_the_lvis_package(tmp_path, monkeypatch):
+    """Random boxes about the real annotations of 100 images, in verified pairs and others; `pip install --no-deps lvis`."""
+    monkeypatch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))  # the package imports it to draw
+    lvis = pytest.importorskip("lvis", reason="the package lvis is not installed: pip install --no-deps lvis")
+    monkeypatch.setattr(np, "float", float, raising=False)  # gone since NumPy 1.24, and the package still asks for it
+    file = SHARED / "lvis_val_100" / "lvis_val_100.json"
+    table = json.loads(file.read_text())
+    for image in table["images"]:
+        path = tmp_path / Path(*image["coco_url"].split("/")[-2:])
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (tmp_path / "lvis_v0.5_val.json").write_text(json.dumps(table))
+    examples, _ = data.load_examples(TASKS["lvis"], str(tmp_path), "val", eval_categories="all")
+    rng = random.Random(0)
+    asked = [e for e in examples if e.solution or e.exhaustive or rng.random() < 0.02]
+    kinds = Counter((bool(e.solution), e.exhaustive) for e in asked)
+    assert min(kinds[kind] for kind in ((True, True), (True, False), (False, True), (False, False))) > 10
+    records = []
+    for e in asked:
+        width, height = e.size
+        boxes = [tuple(v + rng.uniform(-4, 4) for v in box) for box in e.solution if rng.random() < 0.8]
+        for _ in range(rng.randrange(3)):
+            x, y = rng.uniform(0, width / 2), rng.uniform(0, height / 2)
+            boxes.append((x, y, x + rng.uniform(9, width / 2), y + rng.uniform(9, height / 2)))
+        r = record(e, "<answer>No Objects</answer>", task=TASKS["lvis"])
+        r["detections"] = [(box, rng.random()) for box in boxes if box[2] > box[0] and box[3] > box[1]]
+        records.append(r)
+    theirs = lvis.LVISEval(lvis.LVIS(str(file)), evaluate.coco_results(records), "bbox")
+    theirs.evaluate()
+    theirs.accumulate()
+    precision = theirs.eval["precision"][:, :, :, 0]
+    overall, _ = evaluate.detection_scores(records)
+    assert 0.02 < overall["AP"] < 0.98
+    assert overall["AP"] == pytest.approx(precision[precision > -1].mean())
+    assert overall["AP50"] == pytest.approx(precision[0][precision[0] > -1].mean())
 
 
 def flower(solution, text, index=0) -> dict:
