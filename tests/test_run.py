@@ -392,7 +392,9 @@ def test_the_readme_names_what_is_there():
     assert set(re.findall(r"`(test_[a-z0-9_]+)`", readme)) <= set(re.findall(r"def (test_[a-z0-9_]+)", written))
     flags = {field.name for field in dataclasses.fields(virft.Config)}
     launchers = {"config_file", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"}
-    assert set(re.findall(r"--([a-z]+(?:_[a-z0-9]+)*)", readme)) <= flags | launchers
+    scripts = "".join(file.read_text() for file in (ROOT / "bench").glob("*.py"))
+    benches = set(re.findall(r'add_argument\("--([a-z]+)"', scripts))
+    assert set(re.findall(r"--([a-z]+(?:_[a-z0-9]+)*)", readme)) <= flags | launchers | benches
     metrics = readme.partition("## Every metric")[2].partition("\n## ")[0]
     source = (ROOT / "virft.py").read_text() + (ROOT / "evaluate.py").read_text()
     for name in re.findall(r"`([a-z_]+)`", metrics):
