@@ -1,5 +1,6 @@
 """Tiny models and datasets, made once per test run; nothing here needs a hub, a GPU or the committed demo model."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,18 @@ SHARED = ROOT.parent / "shared" / "data"
 def shared(name: str):
     """A mark that skips, with the reason, where real test data does not lie beside the project."""
     return pytest.mark.skipif(not (SHARED / name).exists(), reason=f"../shared/data/{name} is not beside the project")
+
+
+@pytest.fixture
+def real_lvis(tmp_path) -> dict:
+    """The annotations of 100 real images of LVIS v0.5, in tmp_path as its readers want them; the images are empty files."""
+    table = json.loads((SHARED / "lvis_val_100" / "lvis_val_100.json").read_text())
+    for image in table["images"]:
+        path = tmp_path / Path(*image["coco_url"].split("/")[-2:])
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (tmp_path / "lvis_v0.5_val.json").write_text(json.dumps(table))
+    return table
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 import evaluate
-from conftest import SHARED, shared
+from conftest import shared
 from data import TASKS, DataError, Example
 from rewards import REWARDS
 
@@ -132,18 +132,11 @@ def test_boxes_where_nobody_looked_are_ignored():
 
 
 @shared("lvis_val_100")
-def test_federated_ap_is_that_of_the_lvis_package(tmp_path, monkeypatch):
+def test_federated_ap_is_that_of_the_lvis_package(real_lvis, tmp_path, monkeypatch):
     """Random boxes about the real annotations of 100 images, in verified pairs and others; `pip install --no-deps lvis`."""
     monkeypatch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))  # the package imports it to draw
     lvis = pytest.importorskip("lvis", reason="the package lvis is not installed: pip install --no-deps lvis")
     monkeypatch.setattr(np, "float", float, raising=False)  # gone since NumPy 1.24, and the package still asks for it
-    file = SHARED / "lvis_val_100" / "lvis_val_100.json"
-    table = json.loads(file.read_text())
-    for image in table["images"]:
-        path = tmp_path / Path(*image["coco_url"].split("/")[-2:])
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    (tmp_path / "lvis_v0.5_val.json").write_text(json.dumps(table))
     examples, _ = data.load_examples(TASKS["lvis"], str(tmp_path), "val", eval_categories="all")
     rng = random.Random(0)
     asked = [e for e in examples if e.solution or e.exhaustive or rng.random() < 0.02]
@@ -159,7 +152,7 @@ def test_federated_ap_is_that_of_the_lvis_package(tmp_path, monkeypatch):
         r = record(e, "<answer>No Objects</answer>", task=TASKS["lvis"])
         r["detections"] = [(box, rng.random()) for box in boxes if box[2] > box[0] and box[3] > box[1]]
         records.append(r)
-    theirs = lvis.LVISEval(lvis.LVIS(str(file)), evaluate.coco_results(records), "bbox")
+    theirs = lvis.LVISEval(lvis.LVIS(str(tmp_path / "lvis_v0.5_val.json")), evaluate.coco_results(records), "bbox")
     theirs.evaluate()
     theirs.accumulate()
     precision = theirs.eval["precision"][:, :, :, 0]
