@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import data
 import families
+import models
 import virft
 from bench.flops import phases
 from conftest import first_prompts
@@ -420,3 +422,19 @@ def test_evaluation_asks_as_training_does(make_run):
     assert trained.inputs.keys() == evaluated.inputs.keys()
     assert all(torch.equal(trained.inputs[name], evaluated.inputs[name]) for name in trained.inputs)
     assert isinstance(data.whole([trained])[0], Prompt)
+
+
+def test_a_cache_with_room_holds_what_a_growing_one_holds(monkeypatch):
+    """Memory runs out twice, and rows leave in between; what came before is not written over."""
+    monkeypatch.setattr(models.RoomyLayer, "ROOM", 2)
+    plain, roomy = DynamicCache(), DynamicCache()
+    for t in range(12):
+        states = torch.randn(2, 3 if t < 6 else 2, 2, 5 if t == 0 else 1, 4)
+        seen = [cache.update(states[0], states[1], 0) for cache in (plain, roomy)]
+        assert all(torch.equal(one, other) for one, other in zip(*seen)) and seen[0][0].shape[2] == 5 + t
+        if t == 0:
+            models.make_room(roomy)
+        if t == 5:
+            for cache in (plain, roomy):
+                cache.reorder_cache(torch.tensor([2, 0]))
+    assert type(roomy.layers[0]) is models.RoomyLayer
