@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import virft
 from bench import memory
 from bench.memory import TEXT_F, TEXT_H, VISION_D
 from conftest import ROOT, first_prompts
+from demo import warm_start
 from test_algorithm import capture_gradients, spread_rewards, step
 
 LOSSES = ("grpo", "dr_grpo", "dapo")
@@ -129,39 +131,31 @@ def test_chunks_of_completions_change_no_gradient(make_run, micro_batch):
     assert (taken[1][0] - taken[0][0]).norm() / taken[0][0].norm() < 1e-5
 
 
-PEAK = """
-import resource, sys, torch
-sys.path[:0] = [".", "tests"]
-import virft
-from demo import warm_start
-processor = warm_start.make_processor()
-model = warm_start.make_model(processor, seed=0).eval()
-inputs = torch.tensor([[processor.image_token_id] * warm_start.IMAGE_TOKENS + list(range(100, 140))])
-pixels = torch.randn(1, 3, warm_start.SIZE, warm_start.SIZE)
-prompt = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs), "pixel_values": pixels}
-torch.manual_seed(0)
-ids = torch.randint(5, 300, (32, 400))
-forbidden = torch.tensor([], dtype=torch.long)
-def train(ids, micro_batch):
-    logp, _ = virft.CompletionLogps(model, micro_batch)(prompt, ids, len(ids), 1.0, forbidden)
-    logp.mean().backward()
-train(ids[:2, :8], 0)  # what a first pass allocates for good
-resident = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 1024
-train(ids, int(sys.argv[1]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident)
-"""
+def peak_bytes(work) -> int:
+    """The most bytes that tensors held at once while `work` ran, over what they held before: counted, not sampled."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes))
 
 
 def test_peak_memory_falls_with_the_chunk():
-    """32 completions of 400 tokens: all at once against 4 at a time, in kilobytes over what a short pass leaves."""
-    alone = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # the allocator keeps less of what was freed
-    peaks = []
-    for size in ("0", "4"):
-        command = [sys.executable, "-c", PEAK, size]
-        done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout))
-    print(f"peak: {peaks[0] / 1024:.0f} MB at once, {peaks[1] / 1024:.0f} MB in chunks of 4")
-    assert peaks[1] < 0.6 * peaks[0]
+    """32 completions of 400 tokens: all at once against 4 at a time."""
+    processor = warm_start.make_processor()
+    model = warm_start.make_model(processor, seed=0).eval()
+    prompt = torch.tensor([[processor.image_token_id] * warm_start.IMAGE_TOKENS + list(range(100, 140))])
+    pixels = torch.randn(1, 3, warm_start.SIZE, warm_start.SIZE)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "pixel_values": pixels}
+    ids = torch.randint(5, 300, (32, 400))
+
+    def train(micro_batch):
+        logp, _ = virft.CompletionLogps(model, micro_batch)(inputs, ids, len(ids), 1.0, torch.tensor([], dtype=torch.long))
+        logp.mean().backward()
+
+    train(32)  # the gradients stay
+    at_once, in_chunks = peak_bytes(lambda: train(0)), peak_bytes(lambda: train(4))
+    print(f"peak: {at_once / 2**20:.0f} MB at once, {in_chunks / 2**20:.0f} MB in chunks of 4")
+    assert in_chunks < 0.25 * at_once  # an eighth, and what the prompt takes
 
 
 def kept_bytes(model, inputs: dict, ids: torch.Tensor) -> int:
