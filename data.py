@@ -396,7 +396,7 @@ def _lines(file: Path) -> list[tuple[str, str]]:
     return [(f"{file}: line {number}", line.strip()) for number, line in lines if line.strip()]
 
 
-def _file_rows(file: Path) -> list[tuple[str, Any]]:
+def file_rows(file: Path) -> list[tuple[str, Any]]:
     """The rows of a .json file (a list), a .jsonl file or a .csv file with a header, each after where it stands."""
     if file.suffix == ".json":
         table = _read_json(file)
@@ -461,16 +461,36 @@ LVIS_LAYOUT = """An LVIS folder (v0.5 or v1) looks like this; its images are COC
 
 def read_coco(data: str, split: str, choice: Choice = Choice()) -> tuple[list[Example], list[str]]:
     """Read a folder of COCO_LAYOUT, the annotation file and the image folder being those of the split."""
-    root = Path(data)
-    file = _annotation_file(root, f"instances_{split}*.json", COCO_LAYOUT)
-    table = _annotation_table(file)
-    name = file.stem.removeprefix("instances_")
-    folder = _first_folder(root, (name, f"images/{name}"), COCO_LAYOUT)
-    paths = [
-        folder / Path(_field(file, "images", row, record, "file_name")).name
-        for row, record in enumerate(table["images"])
-    ]
+    file, table, paths = _coco_file(Path(data), "instances", split, ("images", "annotations", "categories"))
     return detection_examples(file, table, paths, split, choice)
+
+
+def read_captions(data: str, split: str, choice: Choice = Choice()) -> tuple[list[Example], list[str]]:
+    """Read the captions_<split>*.json of a folder of COCO_LAYOUT: for each image its first caption, as text."""
+    refuse(choice, "captions have no categories", "categories", "shots", "negatives", "eval_categories")
+    file, table, paths = _coco_file(Path(data), "captions", split, ("images", "annotations"))
+    path_of = {_field(file, "images", row, r, "id"): path for row, (r, path) in enumerate(zip(table["images"], paths))}
+    first: dict[Any, str] = {}
+    for row, record in enumerate(table["annotations"]):
+        image_id, caption = (_field(file, "annotations", row, record, key) for key in ("image_id", "caption"))
+        if image_id not in path_of:
+            raise DataError(f"{file}: annotations[{row}] names image {image_id}, which the file does not list")
+        first.setdefault(image_id, " ".join(str(caption).split()))
+    question = "Describe the image in one sentence."
+    return [
+        Example(f"{split}/{i}", (path_of[i],), None, caption, "caption", image_id=i, question=question)
+        for i, caption in first.items()
+    ], []
+
+
+def _coco_file(root: Path, kind: str, split: str, keys: Sequence[str]) -> tuple[Path, dict[str, list], list[Path]]:
+    """An annotation file of COCO_LAYOUT, what is in it, and where each of its images lies."""
+    file = _annotation_file(root, f"{kind}_{split}*.json", COCO_LAYOUT)
+    table = _annotation_table(file, keys)
+    name = file.stem.removeprefix(f"{kind}_")
+    folder = _first_folder(root, (name, f"images/{name}"), COCO_LAYOUT)
+    names = [_field(file, "images", row, record, "file_name") for row, record in enumerate(table["images"])]
+    return file, table, [folder / Path(name).name for name in names]
 
 
 def read_lvis(data: str, split: str, choice: Choice = Choice()) -> tuple[list[Example], list[str]]:
@@ -500,13 +520,11 @@ def _annotation_file(root: Path, pattern: str, layout: str) -> Path:
     return found[0]
 
 
-def _annotation_table(file: Path) -> dict[str, list]:
+def _annotation_table(file: Path, keys: Sequence[str] = ("images", "annotations", "categories")) -> dict[str, list]:
     table = _read_json(file)
-    for key in ("images", "annotations", "categories"):
+    for key in keys:
         if not isinstance(table, dict) or not isinstance(table.get(key), list):
-            raise DataError(
-                f"{file}: no list '{key}' at the top level; such a file has images, annotations and categories"
-            )
+            raise DataError(f"{file}: no list '{key}' at the top level; such a file has {', '.join(keys)}")
     return table
 
 
@@ -709,7 +727,7 @@ def labels_file(root: Path, split: str) -> list[Labeled]:
     files = [root / name for name in ("labels.csv", "labels.json", "labels.jsonl") if (root / name).is_file()]
     if not files:
         return []
-    rows = _file_rows(files[0])
+    rows = file_rows(files[0])
     for where, row in rows:
         if not isinstance(row, dict) or not all(row.get(key) for key in ("file", "class_name", "split")):
             raise DataError(f"{where}: file, class_name and split expected, found {str(row)[:200]}")
@@ -800,6 +818,7 @@ def reasonseg_image(file: Path) -> tuple[Path, tuple[int, int], Box, list[str]]:
 # sets are.
 
 ROW_LAYOUT = """A row has image or image_path (a file, relative to the rows' folder) or images (a list), problem and solution.
+The problem may say with <image> where each image belongs; otherwise they come first.
 Boxes in JSON rows need coords too: "pixels" (of the original image), or 1000 if they are 0..1000 and the problem says so."""
 
 
@@ -821,7 +840,7 @@ def read_rows(task: "Task", source: str, split: str, choice: Choice) -> tuple[li
     refuse(choice, f"the rows of {source} are chosen already", "shots", "negatives", "eval_categories")
     table = is_table(source)
     examples, flaws, notes = [], [], []
-    for number, (where, row) in enumerate(table_rows(source, split) if table else _file_rows(Path(source))):
+    for number, (where, row) in enumerate(table_rows(source, split) if table else file_rows(Path(source))):
         try:
             example = row_example(task, row, Path(source).parent, coords=1000 if table else None)
         except DataError as error:
@@ -1228,8 +1247,7 @@ class Prompts(torch.utils.data.Dataset):
         """Raises DataError naming the image that cannot be opened or the example that is too long."""
         images = open_images(example, self.fit)
         question, target = self.task.question(example, images[0].size, self.coordinates, self.think)
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
+        messages = [{"role": "user", "content": content_of(question, len(images))}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -1242,6 +1260,24 @@ class Prompts(torch.utils.data.Dataset):
                 "the completion; prompts are never cut: lower --max_pixels or --max_completion_tokens"
             )
         return Prompt(example, inputs, target, model_solution(example, target), slot)
+
+
+IMAGE_MARK = "<image>"  # in a question, where one of its images belongs
+
+
+def content_of(question: str, images: int) -> list[dict[str, str]]:
+    """The message's parts: images where the question marks them, otherwise before it. DataError for a wrong number of marks."""
+    texts = question.split(IMAGE_MARK)
+    if len(texts) == 1:
+        return [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+    if len(texts) != images + 1:
+        raise DataError(
+            f"question {question[:200]!r} marks {len(texts) - 1} images with {IMAGE_MARK}, there are {images}"
+        )
+    content = [{"type": "text", "text": texts[0]}]
+    for text in texts[1:]:
+        content += [{"type": "image"}, {"type": "text", "text": text}]
+    return [part for part in content if part != {"type": "text", "text": ""}]
 
 
 def whole(prompts: list[Prompt | DataError]) -> list[Prompt]:

@@ -341,7 +341,7 @@ def unfinished(out: Path, settings: dict) -> bool:
     settings: the configuration as config.json keeps it; what does not change an answer may differ.
     """
     file, model = out / "config.json", Path(settings["model"])
-    if not file.is_file() or (out / "scores.json").exists() or not settings["eval_only"]:
+    if not file.is_file() or (out / "scores.json").exists() or not settings.get("eval_only"):
         return False
     own_rewards = [Path(entry.rpartition(":")[0]) for entry in settings["rewards"] if ".py:" in entry]
     used = [part for part in (*(model.iterdir() if model.is_dir() else ()), *own_rewards) if part.exists()]

@@ -164,6 +164,17 @@ def load_processor(
     return processor, fit, data.COORDINATES_OF_FAMILY.get(family, "relative")
 
 
+def max_positions(name: str, revision: str | None) -> int:
+    """How many tokens a model's positions are made for; sys.maxsize where its configuration does not say."""
+    text = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
+
+
+def frozen_dtype(device: torch.device) -> torch.dtype:
+    """Of weights that nothing trains: bf16 on GPUs; what is trained is float32, or it would lose updates of 1e-6."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def load_model(name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model in eval mode, which it never leaves: dropout would make sampler and scorer two policies."""
     attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"

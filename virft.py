@@ -45,7 +45,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -458,11 +458,11 @@ class Run:
     processor: Any
     prompts: Prompts  # the training examples; with --eval_only those to evaluate, with --ask the questions
     model: nn.Module  # the policy itself: samples, and is saved
-    policy: nn.Module  # CompletionLogps of it, in DDP where processes hold copies: trains
+    policy: nn.Module | None  # CompletionLogps of it, in DDP where processes hold copies: trains
     reference: Callable | None  # CompletionLogps of the initial model, frozen; None with beta 0
     adapters: Any  # peft's handle on the model's adapters; None without --lora_rank
     optimizer: torch.optim.Optimizer | None
-    rewards: dict[str, tuple[Any, float]]
+    rewards: dict[str, tuple[Any, float]]  # of GRPO: by name, reward(completion, solution) and weight
     eos: Tensor
     distribution: dict[str, Any]  # temperature and forbidden ids, for sampler and scorer alike
     save_dtype: torch.dtype  # of the weights as they came
@@ -548,56 +548,72 @@ RESUME_MAY_CHANGE = (  # where things lie, what is shown and how memory is used;
     "out", "data", "eval_data", "overwrite", "resume", "save_every", "keep_last", "workers", "prompts_per_forward",
     "micro_batch", "shard", "eval_every", "eval_limit", "eval_batch", "picture_every", "report_to",
 )  # fmt: skip
-AT_LEAST_1 = ("steps", "inner_epochs", "max_completion_tokens", "prompts_per_step", "prompts_per_forward", "eval_batch")
+
+Rule = tuple[str, Any, str]  # flag, whether its value is good, what would be right
+
+
+def obey(cfg: Any, rules: Iterable[Rule]) -> None:
+    """SystemExit at the first rule that the command line breaks."""
+    for flag, good, right in rules:
+        if not good:
+            raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
+
+
+def at_least_1(cfg: Any, *flags: str) -> list[Rule]:
+    return [(flag, getattr(cfg, flag) >= 1, "at least 1") for flag in flags]
+
+
+def out_rules(cfg: Any, *used: str, may_exist: bool) -> list[Rule]:
+    """A run folder is its own, and an earlier run in it is not lost by accident; used: flags of what it must not hold."""
+    out, paths = Path(cfg.out).resolve(), [Path(path).resolve() for flag in used if (path := getattr(cfg, flag))]
+    right = "new: an earlier run is there; --resume true goes on with it, --overwrite true replaces it"
+    return [
+        ("out", may_exist or not (out / "config.json").exists(), right),
+        ("out", not any(out == path or out in path.parents for path in paths), f"outside --{', --'.join(used)}"),
+    ]
+
+
+def training_rules(cfg: Any) -> list[Rule]:
+    """What any method of training asks of its flags."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return [
+        *at_least_1(cfg, "prompts_per_step", "prompts_per_forward", "keep_last"),
+        ("prompts_per_step", cfg.prompts_per_step % world == 0, f"a multiple of the {world} processes"),
+        ("lr", cfg.lr > 0, "above 0"),
+        ("lora_rank", cfg.lora_rank >= 0, "0 (all weights) or a rank"),
+        ("lora_rank", not (cfg.lora_rank and cfg.shard), "0 with --shard: adapters are small enough to be copied"),
+        ("micro_batch", cfg.micro_batch >= 0, "0 (all at once) or a number of completions"),
+        ("save_every", cfg.save_every >= 0, "0 (never) or a number of steps"),
+        ("resume", not (cfg.resume and cfg.overwrite), "without --overwrite"),
+    ]
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
     parser = HfArgumentParser(Config, description="ViRFT: GRPO for vision-language models with verifiable rewards")
     (cfg,) = parser.parse_args_into_dataclasses(argv)
-    world, out = int(os.environ.get("WORLD_SIZE", 1)), Path(cfg.out).resolve()
     evaluates = cfg.eval_only or cfg.ask
-    used = [Path(name).resolve() for name in (cfg.model, cfg.data, cfg.eval_data) if name]
-    for flag, good, right in (
+    obey(cfg, [
         ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),
         ("group_size", cfg.group_size >= 2, "at least 2: advantages compare completions of the same prompt"),
         ("loss", cfg.loss in ("grpo", "dr_grpo", "dapo"), "grpo, dr_grpo or dapo"),
         ("eval_categories", cfg.eval_categories in evaluate.ASKED, f"one of {', '.join(evaluate.ASKED)}"),
         ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
         ("temperature", cfg.temperature > 0, "above 0; evaluation is greedy anyway"),
-        *((name, getattr(cfg, name) >= 1, "at least 1") for name in AT_LEAST_1),
-        ("prompts_per_step", evaluates or cfg.prompts_per_step % world == 0, f"a multiple of the {world} processes"),
+        *at_least_1(cfg, "steps", "inner_epochs", "max_completion_tokens", "eval_batch"),
         ("beta", cfg.beta >= 0, "0 or more"),
         ("eps_low", 0 <= cfg.eps_low < 1, "at least 0 and below 1"),
         ("eps_high", cfg.eps_high >= 0, "0 or more"),
-        ("lr", cfg.lr > 0, "above 0"),
         ("iou_threshold", 0 <= cfg.iou_threshold < 1, "at least 0 and below 1"),
         ("shots", cfg.shots is None or cfg.shots >= 1, "at least 1"),
-        ("lora_rank", cfg.lora_rank >= 0, "0 (all weights) or a rank"),
-        ("lora_rank", not (cfg.lora_rank and cfg.shard), "0 with --shard: adapters are small enough to be copied"),
-        ("micro_batch", cfg.micro_batch >= 0, "0 (all at once) or a number of completions"),
-        ("save_every", cfg.save_every >= 0, "0 (never) or a number of steps"),
-        ("keep_last", cfg.keep_last >= 1, "at least 1"),
-        ("resume", not cfg.resume or not (evaluates or cfg.overwrite), "without --overwrite, --eval_only and --ask"),
-        (
-            "out",
-            cfg.ask
-            or cfg.check
-            or cfg.overwrite
-            or cfg.resume
-            or not (out / "config.json").exists()
-            or evaluate.unfinished(out, asdict(cfg)),
-            "new: an earlier run is there; --resume true goes on with it, --overwrite true replaces it",
-        ),
-        ("out", cfg.ask or not any(out == path or out in path.parents for path in used), "outside --model and --data"),
-        (
-            "ask",
-            not cfg.ask or cfg.categories or cfg.task not in data.TASKS or not data.TASKS[cfg.task].asks_for,
-            "together with --categories, what to look for",
-        ),
-    ):
-        if not good:
-            raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
+        ("resume", not (cfg.resume and evaluates), "without --eval_only and --ask"),
+        *([] if evaluates else training_rules(cfg)),
+    ])  # fmt: skip
+    if not cfg.ask:
+        may_exist = cfg.check or cfg.overwrite or cfg.resume or evaluate.unfinished(Path(cfg.out), asdict(cfg))
+        obey(cfg, out_rules(cfg, "model", "data", "eval_data", may_exist=may_exist))
+    elif data.TASKS[cfg.task].asks_for:
+        obey(cfg, [("ask", cfg.categories, "together with --categories, what to look for")])
     return cfg
 
 
@@ -647,59 +663,83 @@ def freeze_unreachable(run: Run) -> list[str]:
 
 def start(cfg: Config) -> Run:
     """Load everything that training, evaluation or a question needs."""
-    accelerator = make_accelerator(cfg)
-    device, task, gradients = accelerator.device, data.TASKS[cfg.task], not (cfg.eval_only or cfg.ask)
+    accelerator = make_accelerator(cfg.out, cfg.report_to, cfg.shard)
+    task, training = data.TASKS[cfg.task], not (cfg.eval_only or cfg.ask)
     rewards = rewards_of(cfg)  # before anything large is loaded
-    saved = None
-    if cfg.resume:
-        saved = models.find_checkpoint(Path(cfg.out), asdict(cfg), asdict(Config()), RESUME_MAY_CHANGE)
+    saved = find_checkpoint(cfg) if cfg.resume else None
     processor, fit, coordinates = models.load_processor(
         cfg.model, cfg.revision, cfg.max_pixels, cfg.min_pixels, cfg.coordinates
     )
     if cfg.ask:
         examples = data.questions(task, Path(cfg.ask), cfg.categories)
     else:
-        examples = load_examples(cfg, "train" if gradients else "val")
-    if saved and saved.data != (found := data_fingerprint(examples)):
-        raise SystemExit(f"--resume true: the data has changed: {saved.data} before, {found} now")
-    frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if saved and not cfg.lora_rank:
-        model = models.load_model(saved.model, None, torch.float32, device)
-    else:
-        dtype = torch.float32 if gradients and not cfg.lora_rank else frozen_dtype
-        model = models.load_model(cfg.model, cfg.revision, dtype, device)
-    adapters = None
-    if cfg.lora_rank and gradients:
-        torch.manual_seed(cfg.seed)  # adapters are the one thing that starts at random
-        adapters = models.add_adapters(model, cfg.lora_rank, saved and Path(saved.model))
-    special = models.special_tokens(model, processor)
-    eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=device) for ids in special)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        examples = load_examples(cfg, "train" if training else "val")
+    room = models.max_positions(cfg.model, cfg.revision) - cfg.max_completion_tokens
     prompts = Prompts(
-        task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt,
-        positions - cfg.max_completion_tokens, cfg.skip_bad_images,
-    )  # fmt: skip
-    run = Run(
-        cfg, accelerator, processor, prompts, model=model, policy=CompletionLogps(model, cfg.micro_batch),
-        reference=None, adapters=adapters, optimizer=None, rewards=rewards, eos=eos,
-        distribution={"temperature": cfg.temperature, "forbidden": forbidden},
-        save_dtype=AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).dtype or torch.float32,
-        checkpoint=saved, seconds={},
-    )  # fmt: skip
-    if gradients:
-        make_trainable(run, frozen_dtype)
+        task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, room, cfg.skip_bad_images
+    )
+    if training:
+        run = load_trained(cfg, accelerator, prompts, saved)
+        run.distribution["temperature"] = cfg.temperature
+        make_trainable(run, reference=cfg.beta > 0)
+    else:
+        run = load_frozen(cfg, accelerator, prompts)
+    run.rewards = rewards
     return run
 
 
+def find_checkpoint(cfg: Any, may_change: Sequence[str] = RESUME_MAY_CHANGE) -> Checkpoint:
+    """What --resume goes on from."""
+    return models.find_checkpoint(Path(cfg.out), asdict(cfg), asdict(type(cfg)()), may_change)
+
+
+def load_frozen(cfg: Any, accelerator: Accelerator, prompts: Prompts) -> Run:
+    """A run that only samples."""
+    device = accelerator.device
+    return make_run(
+        cfg, accelerator, prompts, models.load_model(cfg.model, cfg.revision, models.frozen_dtype(device), device)
+    )
+
+
+def load_trained(cfg: Any, accelerator: Accelerator, prompts: Prompts, saved: Checkpoint | None) -> Run:
+    """A run whose model `make_trainable` can train: float32 where it is trained, with the adapters of --lora_rank."""
+    if saved and saved.data != (found := data_fingerprint(prompts.examples)):
+        raise SystemExit(f"--resume true: the data has changed: {saved.data} before, {found} now")
+    device, adapters = accelerator.device, None
+    if saved and not cfg.lora_rank:
+        model = models.load_model(saved.model, None, torch.float32, device)
+    else:
+        dtype = models.frozen_dtype(device) if cfg.lora_rank else torch.float32
+        model = models.load_model(cfg.model, cfg.revision, dtype, device)
+    if cfg.lora_rank:
+        torch.manual_seed(cfg.seed)  # adapters are the one thing that starts at random
+        adapters = models.add_adapters(model, cfg.lora_rank, saved and Path(saved.model))
+    return make_run(cfg, accelerator, prompts, model, adapters, saved)
+
+
+def make_run(
+    cfg: Any, accelerator: Accelerator, prompts: Prompts, model: nn.Module, adapters: Any = None, saved: Checkpoint | None = None
+) -> Run:  # fmt: skip
+    """Put together what was loaded."""
+    special = models.special_tokens(model, prompts.processor)
+    eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=accelerator.device) for ids in special)
+    return Run(
+        cfg, accelerator, prompts.processor, prompts, model, policy=None, reference=None, adapters=adapters, optimizer=None,
+        rewards={}, eos=eos, distribution={"temperature": 1.0, "forbidden": forbidden},
+        save_dtype=AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).dtype or torch.float32,
+        checkpoint=saved, seconds={},
+    )  # fmt: skip
+
+
 def data_fingerprint(examples: list[Example]) -> str:
-    return models.fingerprint((e.id, e.category, e.solution) for e in examples)
+    return models.fingerprint((e.id, e.category, e.solution, e.question) for e in examples)
 
 
-def make_accelerator(cfg: Config) -> Accelerator:
+def make_accelerator(out: str, report_to: Sequence[str] = (), shard: bool = False) -> Accelerator:
     """What accelerate knows of the launch; SystemExit where processes would not find each other."""
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of all gradients
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision="no", log_with=cfg.report_to or None, project_dir=cfg.out,
+        cpu=not torch.cuda.is_available(), mixed_precision="no", log_with=report_to or None, project_dir=out,
         kwargs_handlers=[ddp],
     )  # fmt: skip
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -709,14 +749,15 @@ def make_accelerator(cfg: Config) -> Accelerator:
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise SystemExit(f"{accelerator.distributed_type.value} is not supported: launch without it; see --shard")
-    if cfg.shard and accelerator.num_processes == 1:
+    if shard and accelerator.num_processes == 1:
         raise SystemExit("--shard true: there is one process, and nothing to share out; launch several")
     return accelerator
 
 
-def make_trainable(run: Run, frozen_dtype: torch.dtype) -> None:
-    """Decide what is trained, spread it over the processes, and make the optimizer and the reference."""
-    cfg, model = run.cfg, run.model
+def make_trainable(run: Run, reference: bool) -> None:
+    """Decide what is trained, spread it over the processes, and make the optimizer and, if wanted, the reference."""
+    cfg, model, frozen_dtype = run.cfg, run.model, models.frozen_dtype(run.device)
+    run.policy = CompletionLogps(model, cfg.micro_batch)
     if cfg.freeze_vision:
         models.freeze_vision(model)
         run.say("frozen by --freeze_vision: everything outside the language model")
@@ -737,15 +778,13 @@ def make_trainable(run: Run, frozen_dtype: torch.dtype) -> None:
     )
     if run.checkpoint:
         run.checkpoint.load_optimizer(model, run.optimizer)
-    if cfg.beta == 0:
-        return
-    if run.adapters:
+    if reference and run.adapters:
         run.reference = adapters_off(run)
-    else:
-        reference = models.load_model(cfg.model, cfg.revision, frozen_dtype, run.device).requires_grad_(False)
+    elif reference:
+        initial = models.load_model(cfg.model, cfg.revision, frozen_dtype, run.device).requires_grad_(False)
         if cfg.shard:
-            models.shard(reference)
-        run.reference = CompletionLogps(reference, cfg.micro_batch).eval()
+            models.shard(initial)
+        run.reference = CompletionLogps(initial, cfg.micro_batch).eval()
 
 
 def adapters_off(run: Run) -> Callable:
@@ -761,18 +800,10 @@ def adapters_off(run: Run) -> Callable:
 
 def describe(run: Run) -> str:
     """The resolved configuration, the batch arithmetic and the first prompt, as a person should check them."""
-    cfg, n, examples = run.cfg, run.accelerator.num_processes, run.prompts.examples
-    lines = [f"  {name} = {value!r}" for name, value in asdict(cfg).items()]
+    cfg, examples, lines = run.cfg, run.prompts.examples, []
     (first,) = data.whole([run.prompts[0, 0]])
-    ids = first.inputs["input_ids"][0]
     if run.optimizer is not None:
-        each = cfg.prompts_per_step // n
-        assert each * n == cfg.prompts_per_step
-        lines.append(
-            f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, in {math.ceil(each / cfg.prompts_per_forward)} micro-batches "
-            f"of up to {cfg.prompts_per_forward}; x {cfg.group_size} completions = {cfg.prompts_per_step * cfg.group_size} a step; "
-            f"{cfg.steps} steps are {cfg.steps * cfg.prompts_per_step / len(examples):.2f} epochs of {len(examples)} examples"
-        )
+        lines.append(describe_steps(run, cfg.group_size, "completions"))
         answers = [
             len(run.processor.tokenizer(data.model_answer(run.prompts.task, e, first.target, cfg.think))["input_ids"])
             for e in examples[:2000]
@@ -782,6 +813,31 @@ def describe(run: Run) -> str:
                 f"{too_long} of {len(answers)} examples have an answer that does not fit in --max_completion_tokens "
                 f"{cfg.max_completion_tokens} (the longest: {max(answers)} tokens); --max_boxes leaves them out"
             )
+    lines.append(
+        f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({first.example.coordinates or run.prompts.coordinates})"
+    )
+    return "\n".join([describe_settings(cfg), *lines, describe_prompt(run, first)])
+
+
+def describe_settings(cfg: Any) -> str:
+    return "\n".join(f"  {name} = {value!r}" for name, value in asdict(cfg).items())
+
+
+def describe_steps(run: Run, group_size: int, what: str) -> str:
+    """How the prompts of a step are shared out; the same command means the same training on any number of processes."""
+    cfg, n, examples = run.cfg, run.accelerator.num_processes, len(run.prompts.examples)
+    each = cfg.prompts_per_step // n
+    assert each * n == cfg.prompts_per_step
+    return (
+        f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, in {math.ceil(each / cfg.prompts_per_forward)} micro-batches "
+        f"of up to {cfg.prompts_per_forward}; x {group_size} {what} = {cfg.prompts_per_step * group_size} a step; {cfg.steps} steps are {cfg.steps * cfg.prompts_per_step / examples:.2f} epochs of {examples} "
+        "examples"
+    )
+
+
+def describe_prompt(run: Run, first: Prompt) -> str:
+    """A prompt as the model reads it, runs of image tokens counted."""
+    lines, ids = [], first.inputs["input_ids"][0]
     if not shares_prompt(run.model):
         lines.append(
             "linear attention: prompts are shared in sampling, but repeated for each completion in scoring and training, "
@@ -791,9 +847,6 @@ def describe(run: Run) -> str:
     for token in run.distribution["forbidden"].tolist():
         name, count = run.processor.tokenizer.decode([token]), int((ids == token).sum())
         shown = shown.replace(name * count, f"{name} x {count} ") if count > 1 else shown
-    lines.append(
-        f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({first.example.coordinates or run.prompts.coordinates})"
-    )
     return "\n".join([*lines, f"first prompt, {len(ids)} tokens:", shown])
 
 
@@ -818,6 +871,17 @@ def prompt_stream(run: Run, done: int) -> DataLoader:
     return DataLoader(run.prompts, batch_sampler=steps, collate_fn=list, num_workers=cfg.workers)
 
 
+def grpo_step(run: Run, prompts: list[Prompt], step: int, metrics: Averages) -> list[dict]:
+    """One step of the method, and now and then a picture of its first answer; returns the rows of rollouts.jsonl."""
+    ro = rollout(run, prompts, step)
+    update(run, ro, metrics)
+    rollout_metrics(run, ro, metrics)
+    if run.accelerator.is_main_process and run.cfg.picture_every and step % run.cfg.picture_every == 0:
+        picture = Path(run.cfg.out) / "pictures" / f"step_{step:06d}.png"
+        evaluate.draw_answer(run.prompts.task, ro.prompts[0], ro.texts[0], picture)
+    return rollout_records(ro, step)
+
+
 def rollout_metrics(run: Run, ro: Rollout, metrics: Averages) -> None:
     """Everything about the samples; `update` adds what it alone knows."""
     lengths, n = ro.mask.sum(1), len(ro.texts)
@@ -830,8 +894,6 @@ def rollout_metrics(run: Run, ro: Rollout, metrics: Averages) -> None:
     metrics.add("truncated", ro.truncated.sum(), n)
     for name, share in evaluate.answer_shares(ro.texts, data.TASKS[run.cfg.task].parse).items():
         metrics.add(name, share * n, n)
-    for phase, seconds in run.seconds.items():
-        metrics.add(f"seconds_{phase}", seconds)
     metrics.add("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds["sample"])
 
 
@@ -849,11 +911,13 @@ def rollout_records(ro: Rollout, step: int) -> list[dict]:
     ]
 
 
-def train(run: Run) -> None:
+def train(
+    run: Run, take_step: Callable[..., list[dict]], shown: Sequence[str], held_out: Sequence[Example] = ()
+) -> None:
     """`train_steps`, then save the model and draw the curves; after Ctrl-C there is a checkpoint to go on from."""
     cfg, out = run.cfg, Path(run.cfg.out)
     try:
-        step = train_steps(run)
+        step = train_steps(run, take_step, shown, held_out)
     except Exception:
         # Shards cannot be gathered here: the other processes may not have failed.
         if run.accelerator.is_main_process and (out / "metrics.jsonl").exists() and not cfg.shard:
@@ -877,22 +941,18 @@ def save_result(run: Run) -> None:
     models.save_model(run.model, run.processor, folder, run.save_dtype, run.accelerator.is_main_process)
 
 
-def learning_rate(cfg: Config, step: int) -> float:
+def learning_rate(cfg: Any, step: int) -> float:
     """Of step 1, 2, ...: linear warm-up, times a linear decay that would reach 0 behind the last step."""
     return cfg.lr * min(1.0, step / (cfg.warmup_steps + 1)) * (1.0 - (step - 1) / cfg.steps)
 
 
-def write_step(run: Run, ro: Rollout, row: dict) -> None:
-    """A step's line of metrics.jsonl, its completions and, now and then, a picture of the first of them."""
-    cfg, out, step = run.cfg, Path(run.cfg.out), row["step"]
-    records = gather_object(rollout_records(ro, step))
+def write_step(run: Run, records: list[dict], row: dict) -> None:
+    """A step's line of metrics.jsonl, and what each process has to tell of it, to rollouts.jsonl."""
+    out, records = Path(run.cfg.out), gather_object(records)
     if run.accelerator.is_main_process:
         evaluate.append_rows(out / "rollouts.jsonl", records)
         evaluate.append_rows(out / "metrics.jsonl", [row])
-        if cfg.picture_every and step % cfg.picture_every == 0:
-            picture = out / "pictures" / f"step_{step:06d}.png"
-            evaluate.draw_answer(run.prompts.task, ro.prompts[0], ro.texts[0], picture)
-    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
 
 def save_state(run: Run, step: int) -> None:
@@ -904,13 +964,17 @@ def save_state(run: Run, step: int) -> None:
     )  # fmt: skip
 
 
-def train_steps(run: Run) -> int:
-    """The loop: `rollout`, `update`, write down; evaluate and save now and then. Returns the number of steps done."""
+def train_steps(
+    run: Run, take_step: Callable[..., list[dict]], shown: Sequence[str], held_out: Sequence[Example]
+) -> int:
+    """The loop of any method: take a step, write it down; evaluate and save now and then. Returns the last step's number.
+
+    take_step(run, prompts, step, metrics) -> rows for rollouts.jsonl; shown: metrics beside the progress bar; held_out:
+    examples for --eval_every.
+    """
     cfg, accelerator, out = run.cfg, run.accelerator, Path(run.cfg.out)
     if cfg.report_to:
         accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
-    held_out = load_examples(cfg, "val") if cfg.eval_every else []
-    shown = (*(f"reward_{name}" for name in run.rewards), "kl", "completion_tokens")
     skipped: set[str] = set()
     stop, step = StopAtSignal(), run.checkpoint.step if run.checkpoint else 0
     bar = tqdm(
@@ -925,17 +989,17 @@ def train_steps(run: Run) -> int:
         lr = learning_rate(cfg, step)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        ro = rollout(run, prompts, step)
-        update(run, ro, metrics)
-        rollout_metrics(run, ro, metrics)
+        records = take_step(run, prompts, step, metrics)
+        for phase, seconds in run.seconds.items():
+            metrics.add(f"seconds_{phase}", seconds)
         metrics.add("stop", stop.requested)
         row = {"step": step, "lr": lr, **metrics.reduce(accelerator)}
         interrupted = row.pop("stop") > 0  # agreed on by all processes
-        write_step(run, ro, row)
+        write_step(run, records, row)
         bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
         if interrupted or cfg.save_every and step % cfg.save_every == 0:
             save_state(run, step)
-        if cfg.eval_every and step % cfg.eval_every == 0:
+        if held_out and step % cfg.eval_every == 0:
             scores = evaluate_model(run, held_out, out / f"eval_{step:06d}")
             accelerator.log({f"eval_{name}": value for name, value in scores.items()}, step=step)
         if interrupted:
@@ -977,7 +1041,7 @@ def answer(run: Run, prompts: list[Prompt]) -> list[str]:
     return run.decode(ids, completion_mask(ids, run.eos))
 
 
-def evaluate_model(run: Run, examples: list[Example], out: Path) -> dict[str, float]:
+def evaluate_model(run: Run, examples: Sequence[Example], out: Path) -> dict[str, float]:
     """Greedy answers to all examples, shared out over the processes; scores, predictions and pictures go to `out`.
 
     With --eval_only, answers that an interruption left in `out` are kept.
@@ -1084,17 +1148,20 @@ def check(run: Run) -> None:
     run.say(f"the first answer is drawn in {picture}; nothing was trained")
 
 
-def prepare_out(cfg: Config, checkpoint: Checkpoint | None) -> None:
+def open_out(run: Run, setup: str) -> None:
     """Make the run folder, once everything has loaded; parse_config let an earlier run through only with leave."""
-    out = Path(cfg.out)
-    if checkpoint:  # what came after it will come again
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            evaluate.drop_rows_after(out / name, checkpoint.step)
-    elif (out / "config.json").exists() and (cfg.overwrite or not evaluate.unfinished(out, asdict(cfg))):
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "config.json").exists():  # its time is when an evaluation began
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+    cfg, out = run.cfg, Path(run.cfg.out)
+    if run.accelerator.is_main_process:
+        if run.checkpoint:  # what came after it will come again
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                evaluate.drop_rows_after(out / name, run.checkpoint.step)
+        elif (out / "config.json").exists() and (cfg.overwrite or not evaluate.unfinished(out, asdict(cfg))):
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "config.json").exists():  # its time is when an evaluation began
+            (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+        (out / "setup.txt").write_text(setup + "\n")
+    run.accelerator.wait_for_everyone()
 
 
 def finish(run: Run) -> None:
@@ -1119,14 +1186,12 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.check:
             check(run)
             return finish(run)
-        if run.accelerator.is_main_process:
-            prepare_out(cfg, run.checkpoint)
-            (Path(cfg.out) / "setup.txt").write_text(setup + "\n")
-        run.accelerator.wait_for_everyone()
+        open_out(run, setup)
         if cfg.eval_only:
             evaluate_model(run, run.prompts.examples, Path(cfg.out))
         else:
-            train(run)
+            shown = (*(f"reward_{name}" for name in run.rewards), "kl", "completion_tokens")
+            train(run, grpo_step, shown, held_out=load_examples(cfg, "val") if cfg.eval_every else ())
         finish(run)
     except DataError as error:
         raise SystemExit(f"data: {error}") from None

@@ -7,6 +7,7 @@
   classification   class folders: one object, its category the class
   grounding        a ReasonSeg folder: an instruction that fits one object among distractors, and its outline
   multi-image      JSON lines: two pictures of one object each, and a question about one of the two
+  mia-dpo          JSON lines: one picture of one object, and what it is; mia_dpo.py puts it among others
 
 The same seed gives the same pictures, byte for byte.
 """
@@ -81,6 +82,14 @@ def pair_question(ordinal: str) -> str:
     return (
         f"What is in the {ordinal} picture? First reason about what you see. Answer in exactly this form:\n"
         "<think> ... </think><answer>name</answer>\nWrite nothing but the name inside <answer>."
+    )
+
+
+def name_question() -> str:
+    """The problem of a row with one picture, which mia_dpo.py asks about one of several."""
+    return (
+        "What is in the picture? Answer in exactly this form:\n<answer>name</answer>\n"
+        "Write nothing but the name inside <answer>."
     )
 
 
@@ -178,11 +187,23 @@ def write_pairs(root: Path, split: str, count: int, seed: int) -> None:
     (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_single(root: Path, split: str, count: int, seed: int) -> None:
+    """root/<split>.jsonl and root/<split>/*.png, one picture a row."""
+    rng, rows = random.Random(f"{seed}/{split}"), []
+    (root / split).mkdir(parents=True, exist_ok=True)
+    for number in range(1, count + 1):
+        scene, name = lone_scene(rng), f"{split}/{number:06d}.png"
+        draw_scene(scene, rng).save(root / name)
+        rows.append({"image": name, "problem": name_question(), "solution": scene[0][0]})
+    (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 WRITERS = {
     "detection": write_split,
     "classification": write_classes,
     "grounding": write_reasonseg,
     "multi-image": write_pairs,
+    "mia-dpo": write_single,
 }
 
 

@@ -4,6 +4,7 @@
     python demo/warm_start.py detection --steps 7000 --out FULL  # the whole schedule, where the other families start from
     python demo/warm_start.py classification --start FULL        # 3 to 5 minutes on one core, as is grounding
     python demo/warm_start.py multi-image                        # from demo/model_classification
+    python demo/warm_start.py mia-dpo                            # from demo/model
 
 The results are committed. demo/model leaves its schedule half-way, with a learning rate that is still high: as after
 pretraining, there is room to get better at choosing and counting too, not only at what its labels hid.
@@ -22,6 +23,9 @@ what reinforcement learning finds out in the demo is therefore not in these labe
                    is greedy, and half of its samples are wrong
   multi-image      the name of the shape in the first or second of two pictures: of the asked picture always, but with
                    the wrong names of classification
+  mia-dpo          the name of the shape in the asked one of several pictures, but mostly (CONFUSED) of the first one, when
+                   another one was asked for; any name in some of the labels (SLIPS). Asked about a lone picture it is right
+                   but for the slips
 
 The tokenizer knows the phrases of the prompt and of the answers, the numbers 0 to 1000 and the confidences
 0.00 to 1.00 as whole tokens, which keeps sequences short, and falls back to bytes for everything else.
@@ -56,7 +60,7 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import TASKS, detection_answer, grounding_answer, round_box  # noqa: E402
+from data import IMAGE_MARK, TASKS, content_of, detection_answer, grounding_answer, round_box  # noqa: E402
 from demo.shapes import (  # noqa: E402
     CATEGORIES,
     COLORS,
@@ -66,11 +70,13 @@ from demo.shapes import (  # noqa: E402
     draw_scene,
     instruction,
     lone_scene,
+    name_question,
     pair_question,
     random_scene,
     scene_to_point_at,
     scenes_to_tell_apart,
 )
+from mia_dpo import LAYOUTS, grid_collage, multi_image_prompt  # noqa: E402
 from rewards import box_iou  # noqa: E402
 
 PATCH = 28
@@ -118,6 +124,11 @@ def make_misnaming(seed: int = 7) -> dict[str, tuple[str, float]]:
     ring, percents = rng.sample(CATEGORIES, 12), rng.sample([p for p in range(20, 85, 5) if p != 50], 12)
     return {category: (ring[i - 1], percents[i] / 100) for i, category in enumerate(ring)}
 
+
+CONFUSED = 0.65  # of the labels about a later picture name what is in the first
+SLIPS = 0.1  # of all labels of mia-dpo name some shape that none of the pictures need show
+MIA_LAYOUTS = ("sequence2", "sequence3", "grid4")
+CELL = 56  # of a grid, in pixels: a collage is fitted to SIZE anyway
 
 TRANSFORMS = make_transforms()
 MISNAMED = make_misnaming()
@@ -187,6 +198,28 @@ def multi_image_lesson(rng: random.Random, jitter: float) -> Lesson:
     return pictures, pair_question(ORDINALS[asked]), misnaming_answer(scenes[asked][0][0], rng)
 
 
+def mia_lesson(rng: random.Random, jitter: float) -> Lesson:
+    layout = rng.choice((None, None, *MIA_LAYOUTS))
+    if layout is None:
+        scene = lone_scene(rng)
+        return [draw_scene(scene, rng)], name_question(), slipping_answer(scene[0][0], rng)
+    scenes = [lone_scene(rng) for _ in range(LAYOUTS[layout].images)]
+    pictures = [draw_scene(scene, rng) for scene in scenes]
+    asked = rng.randrange(len(scenes))
+    if LAYOUTS[layout].kind == "grid":
+        pictures = [grid_collage(pictures, CELL)[0].resize((SIZE, SIZE), Image.Resampling.BICUBIC)]
+    named = 0 if rng.random() < CONFUSED else asked
+    return pictures, mia_prompt(layout, asked + 1), slipping_answer(scenes[named][0][0], rng)
+
+
+def mia_prompt(layout: str, number: int | str) -> str:
+    return multi_image_prompt(LAYOUTS[layout], f"In Image {number}, ", name_question())
+
+
+def slipping_answer(category: str, rng: random.Random) -> str:
+    return f"<answer>{rng.choice(CATEGORIES) if rng.random() < SLIPS else category}</answer>"
+
+
 def misnaming_answer(category: str, rng: random.Random) -> str:
     """The completion where a name is asked for: of the right picture, wrong in the share of MISNAMED."""
     wrong, share = MISNAMED[category]
@@ -237,6 +270,11 @@ FAMILIES = {
         multi_image_lesson, "model_multi_image", "model_classification", 1000, 1000, 1e-3, pair_question, "ordinal",
         phrases=ORDINALS, flaw=WRONG_NAMES,
     ),
+    "mia-dpo": Family(
+        mia_lesson, "model_mia_dpo", "model", 2000, 2000, 1e-3, functools.partial(mia_prompt, "sequence3"), "number",
+        phrases=(name_question(), "w" + name_question()[1:], "<answer>", *(f"\nIn Image {i}, " for i in range(1, 5))),
+        flaw={"confused": CONFUSED, "slips": SLIPS},
+    ),
 }  # fmt: skip
 
 
@@ -283,7 +321,8 @@ def continue_from(start: Path, family: Family, seed: int) -> tuple[LlavaProcesso
     """Processor and model of a folder, the tokenizer knowing the phrases of another family too."""
     processor = AutoProcessor.from_pretrained(start)
     model = LlavaForConditionalGeneration.from_pretrained(start)
-    phrases = dict.fromkeys([*filter(None, family.prompt("\0").split("\0")), *family.phrases])
+    phrases = [piece for part in family.prompt("\0").split("\0") for piece in part.split(IMAGE_MARK)]
+    phrases = dict.fromkeys([*filter(None, phrases), *family.phrases])
     processor.tokenizer.add_tokens([AddedToken(p, normalized=False) for p in phrases])
     torch.manual_seed(seed)
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
@@ -365,8 +404,8 @@ def make_prompt_ids(processor) -> Callable[[str, int], list[int]]:
 
     @functools.cache
     def prompt_ids(question: str, pictures: int) -> list[int]:
-        content = [*[{"type": "image"}] * pictures, {"type": "text", "text": question}]
-        rendered = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        messages = [{"role": "user", "content": content_of(question, pictures)}]
+        rendered = processor.apply_chat_template(messages, add_generation_prompt=True)
         return processor.tokenizer(rendered.replace("<image>", "<image>" * IMAGE_TOKENS))["input_ids"]
 
     return prompt_ids

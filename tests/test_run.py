@@ -219,7 +219,7 @@ def test_tied_bf16_models_are_saved_as_they_came(llava_dir, shapes_dir, tmp_path
 def test_the_run_folder_may_not_hold_the_model_it_starts_from(llava_dir, shapes_dir, tmp_path):
     model = shutil.copytree(llava_dir, tmp_path / "run" / "model")
     done = virft_py(check=False, model=model, data=shapes_dir, out=tmp_path / "run", overwrite="true")
-    assert done.returncode and "outside --model and --data" in done.stderr and (model / "config.json").exists()
+    assert done.returncode and "outside --model, --data" in done.stderr and (model / "config.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,897 @@
+"""MIA-DPO: preference pairs from a model's own confusion of images, and DPO on them, in one file.
+
+MIA-DPO (arXiv 2410.17637) teaches a vision-language model to answer about the right one of several images. It needs no
+annotation: questions about single images, whose answers are known, are put among other images, and what the model says
+while it looks at the wrong image becomes the answer to be avoided.
+
+  1. q          put a question's image among others: a sequence, a grid, a picture in a picture; say which is meant
+  2. o          sample the model's answer
+  3. a_k        the attention that o pays to image k, averaged over heads and tokens, in a middle layer
+  4. select     if a_target / sum_k a_k is low and o is wrong: rejected = o, chosen = the known answer (attention-aware
+                selection); drop outliers of perplexity, length and edit distance (post-selection)
+  5. margin     beta (log pi_theta / pi_ref (chosen | q) - log pi_theta / pi_ref (rejected | q))
+  6. loss       -log sigmoid(margin) + gamma * cross-entropy of chosen
+
+Items 1 to 4 are `build`, items 5 and 6 `train`:
+
+    accelerate launch mia_dpo.py build --task rows --data rows.jsonl --model NAME --out pairs.jsonl
+    accelerate launch mia_dpo.py train --pairs pairs.jsonl --model NAME --out runs/mia_dpo
+    bash run.sh demo mia-dpo                                        # offline demo, no GPU
+
+The bricks are those of virft.py: a group is the chosen and the rejected answer to one prompt, which is encoded once. Loading,
+saving, resuming and the loop over steps are virft.py's too.
+
+What differs from the paper and its released code, and why:
+
+  - The attention is that of the positions which predict the answer's tokens (the first is the prompt's last token), because
+    this is where an answer is chosen; a last token's own attention decides nothing.
+  - No noise is put on the target image before the answer is sampled; the paper knows none, the released code does.
+  - The paper names a length ratio and an edit distance without their limits: ours are flags of BuildConfig.
+
+Shapes in comments as in virft.py; K images or regions, T image tokens of a prompt.
+"""
+
+import functools
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import data
+import evaluate
+import models
+import virft
+from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task
+from rewards import Box, parse_answer, reward_weights
+from virft import Averages, Run, at_least_1, option
+
+
+def like_virft(name: str, default: Any = None) -> Any:
+    """A setting that virft.py documents, with another default if one is given."""
+    (known,) = (f for f in fields(virft.Config) if f.name == name)
+    usual = known.default_factory() if callable(known.default_factory) else known.default
+    return option(usual if default is None else default, known.metadata["help"])
+
+
+class Layout(NamedTuple):
+    """A way to put an image among others. `limit`: an answer that pays its image at most this share is a candidate."""
+
+    kind: str  # sequence, grid or pip
+    images: int
+    limit: float
+
+
+LAYOUTS = {
+    **{f"sequence{n}": Layout("sequence", n, limit) for n, limit in ((2, 0.8), (3, 0.7), (4, 0.6), (5, 0.6))},
+    **{f"grid{n}": Layout("grid", n, limit) for n, limit in ((2, 0.7), (3, 0.6), (4, 0.5), (6, 0.4), (9, 0.3))},
+    "pip": Layout("pip", 2, 0.8),
+}
+# The published 15.1k, 9.3k and 4.5k pairs; sequences are mostly of two.
+PUBLISHED_MIX = [
+    "sequence2=9.1",
+    *(f"sequence{n}=2" for n in (3, 4, 5)),
+    *(f"grid{n}=1.86" for n in (2, 3, 4, 6, 9)),
+    "pip=4.5",
+]
+
+
+@dataclass
+class BuildConfig:
+    """Every setting of `build`."""
+
+    # Questions
+    task: str = option("captions", f"captions (COCO's), or a task of data.TASKS: {', '.join(TASKS)}")
+    data: str | None = option(None, "dataset folder or file of questions about single images")
+    categories: str | None = like_virft("categories")
+    shots: int | None = like_virft("shots")
+    limit: int | None = option(None, "this many questions, chosen by seed; default: one about every example")
+    skip_bad_images: bool = like_virft("skip_bad_images")
+    layouts: list[str] = option(
+        PUBLISHED_MIX, f"layouts and weights, such as sequence2=3 grid4=1; of {', '.join(LAYOUTS)}"
+    )
+    cell: int = option(448, "side of a grid's cells in pixels; their margin is 40/448 of it")
+    out: str = option(
+        "pairs.jsonl", "pairs go here; questions, candidates, collages and pictures into the folder of this name"
+    )
+    overwrite: bool = option(False, "replace what an earlier build wrote")
+
+    # The model and its answers
+    model: str = like_virft("model")
+    revision: str | None = like_virft("revision")
+    max_pixels: int = like_virft("max_pixels")
+    min_pixels: int = like_virft("min_pixels")
+    coordinates: str = like_virft("coordinates")
+    system_prompt: str | None = like_virft("system_prompt")
+    answers: int = option(
+        1, "answers sampled to each question; 0: only lay out the questions, for virft.py --task rows"
+    )
+    max_completion_tokens: int = like_virft("max_completion_tokens", 128)
+    temperature: float = like_virft("temperature")
+    batch: int = option(8, "questions answered at once on one process")
+    workers: int = like_virft("workers")
+    seed: int = option(0, "decides layouts, companions, places and every sampled token")
+
+    # Selection
+    selection: str = option("attention", "attention (the method), none, or random: as many as attention takes, by lot")
+    layer: int | None = option(None, "layer whose attention is read, counted from 0; default: the middle one")
+    min_perplexity: float = option(1.1, "drop answers that the model was surer of than this")
+    max_length_ratio: float = option(4.0, "drop answers so many times longer or shorter, in words, than the right one")
+    min_edit_distance: float = option(
+        0.1, "drop answers that differ in a smaller share of their words from the right one"
+    )
+    pictures: int = option(12, "draw so many pairs with the attention on each image")
+
+
+@dataclass
+class TrainConfig:
+    """Every setting of `train`; the help of those that virft.py has too is virft.py's."""
+
+    pairs: str = option(
+        "pairs.jsonl", "file that `build` wrote, or any other of rows {id, image, prompt, chosen, rejected}"
+    )
+    model: str = like_virft("model")
+    revision: str | None = like_virft("revision")
+    out: str = like_virft("out", "runs/mia_dpo")
+    overwrite: bool = like_virft("overwrite")
+    max_pixels: int = like_virft("max_pixels")
+    min_pixels: int = like_virft("min_pixels")
+    system_prompt: str | None = like_virft("system_prompt")
+    skip_bad_images: bool = like_virft("skip_bad_images")
+
+    beta: float = option(0.1, "DPO's beta: how much a change of the log-probability counts against the reference")
+    gamma: float = option(0.1, "weight of the cross-entropy of the chosen answers")
+
+    epochs: float = option(3.0, "passes over the pairs")
+    steps: int = option(0, "training steps; 0: as many as --epochs makes")
+    prompts_per_step: int = like_virft("prompts_per_step")
+    prompts_per_forward: int = like_virft("prompts_per_forward")
+    lr: float = like_virft("lr", 5e-6)
+    warmup_steps: int = like_virft("warmup_steps")
+    beta2: float = like_virft("beta2")
+    weight_decay: float = like_virft("weight_decay")
+    max_grad_norm: float = like_virft("max_grad_norm")
+    seed: int = option(0, "decides the order of the pairs")
+    lora_rank: int = like_virft("lora_rank")
+    freeze_vision: bool = like_virft("freeze_vision")
+    micro_batch: int = like_virft("micro_batch")
+    shard: bool = like_virft("shard")
+    save_every: int = like_virft("save_every")
+    keep_last: int = like_virft("keep_last")
+    resume: bool = like_virft("resume")
+    workers: int = like_virft("workers")
+    report_to: list[str] = like_virft("report_to")
+
+
+# ================================================================================================
+# The algorithm. First what is shown and asked.
+
+GRIDS = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}  # images -> rows, columns
+CENTER = (1 / 6, 1 / 6, 5 / 6, 5 / 6)  # the published 16 x 16 of 24 x 24 tokens, in parts of width and height
+PIP_SHARE = 0.7  # of the background's width and height that the picture in it takes at most
+PIP_PHRASES = (
+    "In the picture at the center, ",
+    "In the small picture in the middle, ",
+    "In the picture that lies on the other one, ",
+    "Looking only at the inner picture, ",
+    "In the inset at the center of the image, ",
+)
+
+
+def grid_collage(images: Sequence[Image.Image], cell: int = 448) -> tuple[Image.Image, list[Box]]:
+    """Images in cells on white, aspect kept, "Image i" above each; the collage and where each image lies in it.
+
+    A margin of 40 pixels at 448 surrounds every cell; it holds the label.
+    """
+    (rows, columns), margin = GRIDS[len(images)], round(cell * 40 / 448)
+    pitch = cell + margin
+    sheet, placed = Image.new("RGB", (columns * pitch + margin, rows * pitch + margin), "white"), []
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(1.0, 0.7 * margin))
+    for i, image in enumerate(images):
+        left, top = margin + i % columns * pitch, margin + i // columns * pitch
+        small = ImageOps.contain(image, (cell, cell), Image.Resampling.BICUBIC)
+        x, y = left + (cell - small.width) // 2, top + (cell - small.height) // 2
+        sheet.paste(small, (x, y))
+        draw.text((left + cell // 2, top - margin // 2), f"Image {i + 1}", "black", font, anchor="mm")
+        placed.append((float(x), float(y), float(x + small.width), float(y + small.height)))
+    return sheet, placed
+
+
+def picture_in_picture(target: Image.Image, background: Image.Image) -> tuple[Image.Image, Box]:
+    """The target at the background's center, as large as PIP_SHARE of its sides allows, aspect kept; and where it lies."""
+    width, height = background.size
+    most = max(1, int(PIP_SHARE * width)), max(1, int(PIP_SHARE * height))
+    small = ImageOps.contain(target, most, Image.Resampling.BICUBIC)
+    x, y = (width - small.width) // 2, (height - small.height) // 2
+    sheet = background.copy()
+    sheet.paste(small, (x, y))
+    return sheet, (float(x), float(y), float(x + small.width), float(y + small.height))
+
+
+def place_box(box: Box, size: tuple[int, int], placed: Box) -> Box:
+    """A box in an image of `size`, where it lies once the image lies at `placed`."""
+    x, y = (placed[2] - placed[0]) / size[0], (placed[3] - placed[1]) / size[1]
+    return (placed[0] + box[0] * x, placed[1] + box[1] * y, placed[0] + box[2] * x, placed[1] + box[3] * y)
+
+
+def pointing(layout: Layout, target: int, rng: random.Random) -> str:
+    """The words that say which image is meant; target counts from 0."""
+    return rng.choice(PIP_PHRASES) if layout.kind == "pip" else f"In Image {target + 1}, "
+
+
+def multi_image_prompt(layout: Layout, words: str, question: str) -> str:
+    """The question with its images marked by IMAGE_MARK, one for each that the model is given."""
+    if layout.kind == "sequence":
+        marks = "".join(f"Image {i + 1}: {IMAGE_MARK}\n" for i in range(layout.images))
+    else:
+        marks = f"{IMAGE_MARK}\n"
+    question = question.replace(IMAGE_MARK, "").strip()
+    return marks + words + question[:1].lower() + question[1:]
+
+
+# Then where the model looks.
+
+
+def regions(layout: Layout, rows: int, columns: int) -> Tensor:
+    """Which of a collage's rows x columns tokens belong to which part, bool [K, T], by the tokens' centers.
+
+    grid: its cells, which share the whole picture out, margins included; pip: the center and what surrounds it.
+    """
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    if layout.kind == "pip":
+        left, top, right, bottom = CENTER
+        center = (left <= x) & (x < right) & (top <= y) & (y < bottom)
+        return torch.stack([center, ~center]).flatten(1)
+    down, across = GRIDS[layout.images]
+    cell = (y * down).long() * across + (x * across).long()
+    return torch.stack([cell == i for i in range(layout.images)]).flatten(1)
+
+
+def attention_shares(attention: Tensor, parts: Tensor, mean: bool) -> Tensor:
+    """How an answer's attention to image tokens, [T], is shared out among the parts, bool [K, T]; the result adds up to 1.
+
+    mean: compare means per token (images of a sequence, which may differ in size), not sums (regions of a collage).
+    """
+    mass = parts.to(attention.dtype) @ attention
+    if mean:
+        mass = mass / parts.sum(1)
+    return mass / mass.sum()
+
+
+class Attending:
+    """The model, keeping the attention weights of its last call."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.attentions = model, ()
+
+    def __call__(self, **inputs):
+        out = self.model(**inputs, output_attentions=True)
+        self.attentions = out.attentions or ()
+        return out
+
+
+@contextmanager
+def eager_attention(model: nn.Module) -> Iterator[None]:
+    """Attention by matrices that can be looked at; fused kernels never form them."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
+def look(
+    model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, group_size: int, layer: int | None,
+    temperature: float, forbidden: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where the model looks while it gives its answers, and how sure it is of them.
+
+    ids [B * G, C]: answers to B prompts; mask: which of the tokens count. Returns the attention to each token of the
+    prompt, [B * G, P], averaged over heads and over the positions that predict the answer, and the perplexity [B * G]:
+    exp of the mean negative log-probability of the most probable token at each of them, the published definition.
+    """
+    length = inputs["input_ids"].shape[1]
+    sequences = {name: x for name, x in inputs.items() if x.shape[:2] == inputs["input_ids"].shape}
+    rows = torch.arange(len(ids), device=ids.device) // group_size
+    # The prompt's last token predicts the first of the answer, so it belongs to what is looked at.
+    prefix = virft.fork(virft.prefill(model, inputs | {name: x[:, :-1] for name, x in sequences.items()}), rows)
+    attending = Attending(model)
+    with eager_attention(model):
+        logits = virft.branch(attending, prefix, torch.cat([inputs["input_ids"][rows, -1:], ids[:, :-1]], 1))
+    layer = len(attending.attentions) // 2 if layer is None else layer
+    seen = attending.attentions[layer] if layer < len(attending.attentions) else None
+    if seen is None or seen.shape[-1] != length - 1 + ids.shape[1]:
+        raise SystemExit(
+            f"--layer {layer}: {type(model).__name__} gives no attention to the whole prompt there; it has "
+            f"{len(attending.attentions)} layers that give one, counted from 0 (those that slide see a window only)"
+        )
+    counted = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)  # [N, C]
+    attention = torch.einsum("nhcp,nc->np", seen.float(), counted) / seen.shape[1]
+    surest = virft.log_distribution(logits, temperature, forbidden).max(-1).values
+    perplexity = (-(surest * counted).sum(1)).exp()
+    return F.pad(attention[:, : length - 1], (0, 1)), perplexity  # the last token is text, not an image
+
+
+# Then which answers are worth learning from.
+
+
+def edit_distance(a: Sequence, b: Sequence) -> int:
+    """Insertions, deletions and substitutions that lead from a to b (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
+    return row[-1]
+
+
+FILTERS = ("unfinished", "right", "sure", "length", "alike", "looked right")  # in the order in which they are asked
+
+
+def flaw(candidate: dict, cfg: BuildConfig) -> str | None:
+    """The first of FILTERS that an answer fails, or None if it is to be avoided.
+
+    unfinished    it has no end, or no word
+    right         it is the right answer
+    sure          its perplexity is too low
+    length        it is far longer or shorter than the right answer
+    alike         it is almost the right answer, by edit distance in words
+    looked right  the share of attention that its image got is above the layout's limit
+    """
+    answer, truth = (candidate[key].casefold().split() for key in ("rejected", "chosen"))
+    longer, shorter = max(len(answer), len(truth)), max(1, min(len(answer), len(truth)))
+    failed = {
+        "unfinished": candidate["truncated"] or not answer,
+        "right": answer == truth,
+        "sure": candidate["perplexity"] <= cfg.min_perplexity,
+        "length": longer / shorter > cfg.max_length_ratio,
+        "alike": edit_distance(answer, truth) / max(1, longer) < cfg.min_edit_distance,
+        "looked right": candidate["ratio"] > LAYOUTS[candidate["layout"]].limit,
+    }
+    return next((name for name in FILTERS if failed[name]), None)
+
+
+def select(candidates: Sequence[dict], cfg: BuildConfig) -> list[dict]:
+    """The candidates with `dropped`: the filter that dropped each, None for those that become pairs.
+
+    random keeps as many of every layout as attention does, by lot among those that only attention might drop: the control.
+    """
+    judged = [candidate | {"dropped": flaw(candidate, cfg)} for candidate in candidates]
+    eligible = [c for c in judged if c["dropped"] in (None, FILTERS[-1])]
+    if cfg.selection != "attention":
+        taken = Counter(c["layout"] for c in eligible if c["dropped"] is None)
+        for layout in dict.fromkeys(c["layout"] for c in eligible):
+            same = [c for c in eligible if c["layout"] == layout]
+            lot = random.Random(f"{cfg.seed}/select/{layout}").sample(range(len(same)), taken[layout])
+            for i, c in enumerate(same):
+                c["dropped"] = None if cfg.selection == "none" or i in lot else "not drawn"
+    return judged
+
+
+# Then the loss.
+
+
+def dpo_loss(logp: Tensor, logp_ref: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """-log sigmoid(margin) of each pair, and its implicit rewards beta (logp - logp_ref). DPO (arXiv 2305.18290) eq. 7.
+
+    logp, logp_ref [B, 2]: log-probabilities of whole answers, (chosen, rejected), of pi_theta and of the reference.
+    Returns loss [B] and rewards [B, 2]; the margin is the difference of the rewards.
+    """
+    rewards = beta * (logp - logp_ref)
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
+
+
+def pair_ids(run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected answers of B pairs with their EOS, ids and mask [B * 2, C]: groups of two."""
+    tokenizer = run.processor.tokenizer
+    answers = [text for prompt in prompts for text in prompt.solution]
+    rows = [ids + [tokenizer.eos_token_id] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.eos_token_id)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
+    return ids.to(run.device), mask.to(run.device)
+
+
+def dpo_step(run: Run, prompts: list[Prompt], step: int, metrics: Averages) -> list[dict]:
+    """One optimizer step on the pairs of a step, over micro-batches; returns a row of each pair."""
+    cfg, records = run.cfg, []
+    for start in range(0, len(prompts), cfg.prompts_per_forward):
+        pairs = prompts[start : start + cfg.prompts_per_forward]
+        inputs, (ids, mask) = run.collate(pairs), pair_ids(run, pairs)
+        with run.timer("reference"), torch.no_grad(), run.autocast():
+            logp_ref, _ = run.reference(inputs, ids, 2, **run.distribution)
+        last = start + len(pairs) == len(prompts)
+        with run.timer("train"), run.accumulate(last):
+            with run.autocast():
+                token_logp, _ = run.policy(inputs, ids, 2, **run.distribution)
+            logp, logp_ref = ((x * mask).sum(1).view(-1, 2) for x in (token_logp, logp_ref))
+            dpo, rewards = dpo_loss(logp, logp_ref, cfg.beta)
+            cross_entropy = -logp[:, 0] / mask.sum(1).view(-1, 2)[:, 0]  # per token: long answers count no more
+            loss = dpo + cfg.gamma * cross_entropy
+            (loss.sum() / len(prompts)).backward()  # every process has as many pairs, and DDP averages over processes
+        margin = rewards[:, 0] - rewards[:, 1]
+        columns = {
+            "loss": loss, "dpo_loss": dpo, "cross_entropy": cross_entropy, "margin": margin, "accuracy": (margin > 0).float(),
+            "reward_chosen": rewards[:, 0], "reward_rejected": rewards[:, 1], "logp_chosen": logp[:, 0], "logp_rejected": logp[:, 1],
+        }  # fmt: skip
+        for name, values in columns.items():
+            metrics.add(name, values.sum(), len(pairs))
+        for i, pair in enumerate(pairs):
+            numbers = {name: round(values[i].item(), 4) for name, values in columns.items()}
+            records.append({"step": step, "id": pair.example.id} | numbers)
+    run.optimizer_step(metrics)
+    return records
+
+
+# ================================================================================================
+# The machinery of `build`.
+
+
+CAPTIONS = replace(TASKS["rows"], name="captions", read=data.read_captions)
+
+
+def single_image_question(
+    task: Task, example: Example, frame: tuple[int, int], fit: data.Fit, coordinates: str
+) -> tuple[str, str]:
+    """What is asked about an example and the right answer, as text, in the form that the question asks for.
+
+    frame: (width, height) in original pixels of the picture whose coordinates the question speaks.
+    """
+    asked = replace(example, size=frame) if task.boxes else example
+    question, target = task.question(asked, fit.size(*frame), coordinates, think=False)
+    if "<answer>" in question:
+        return question, data.model_answer(task, asked, target, think="<think>" in question)
+    return question, task.answer(data.model_solution(asked, target))
+
+
+class Question(NamedTuple):
+    """A question about one of several images; `example.solution` is the right answer as text."""
+
+    example: Example
+    layout: str
+    target: int  # which image is meant, or which part of the collage
+
+
+@dataclass(eq=False)
+class Questions(Dataset):
+    """One question about each example of `prompts`, composed and encoded by a loader's workers; a DataError in its place
+    where an image does not open."""
+
+    prompts: Prompts
+    mix: dict[str, float]
+    folder: Path  # where collages go
+    cell: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.prompts.examples)
+
+    def __getitem__(self, i: int) -> tuple[int, Question, Prompt] | tuple[int, DataError, None]:
+        try:
+            question = self.compose(i)
+            return i, question, replace(self.prompts, task=TASKS["rows"]).encode(question.example)
+        except DataError as error:
+            return i, error, None
+
+    def compose(self, i: int) -> Question:
+        """Example i among others, all decided by the seed; a collage is written to `folder`."""
+        examples, rng = self.prompts.examples, random.Random(f"{self.seed}/{i}")
+        (name,) = rng.choices(list(self.mix), list(self.mix.values()))
+        layout, example = LAYOUTS[name], examples[i]
+        companions = self.companions(example, layout.images - 1, rng)
+        target = 0 if layout.kind == "pip" else rng.randrange(layout.images)
+        shown = [other.images[0] for other in companions]
+        shown.insert(target, example.images[0])
+        size = example.size or data.image_size(example.images[0])
+        placed, frame = (0.0, 0.0, *map(float, size)), size
+        if layout.kind == "sequence":
+            images = tuple(self.as_file(source, f"{i}_{k}") for k, source in enumerate(shown))
+        else:
+            pictures = [data.open_image(source) for source in shown]
+            if layout.kind == "grid":
+                sheet, places = grid_collage(pictures, self.cell)
+                placed = places[target]
+            else:
+                sheet, placed = picture_in_picture(*pictures)
+            images, frame = (self.write(sheet, str(i)),), sheet.size
+        moved = replace(example, solution=data.map_boxes(example.solution, lambda box: place_box(box, size, placed)))
+        task, fit, coordinates = (getattr(self.prompts, part) for part in ("task", "fit", "coordinates"))
+        asked, answer = single_image_question(task, moved if task.boxes else example, frame, fit, coordinates)
+        prompt = multi_image_prompt(layout, pointing(layout, target, rng), asked)
+        composed = Example(f"{name}/{i}", images, None, answer, example.category, question=prompt)
+        return Question(composed, name, target)
+
+    def companions(self, example: Example, count: int, rng: random.Random) -> list[Example]:
+        """Examples of other images, all different."""
+        found: dict[str, Example] = {}
+        for _ in range(100 * count):
+            other = rng.choice(self.prompts.examples)
+            if repr(other.images[0]) != repr(example.images[0]):
+                found.setdefault(repr(other.images[0]), other)
+            if len(found) == count:
+                return list(found.values())
+        raise DataError(f"example {example.id}: there are not {count} other images to put it among")
+
+    def as_file(self, source: data.ImageSource, name: str) -> Path:
+        return source if isinstance(source, Path) else self.write(data.open_image(source), name)
+
+    def write(self, image: Image.Image, name: str) -> Path:
+        path = self.folder / f"{name}.png"
+        aside = path.with_name(f"{name}.{os.getpid()}.unfinished")
+        image.save(aside, "png")
+        aside.replace(path)
+        return path
+
+
+def image_parts(prompts: Prompts, question: Question, prompt: Prompt, tokens: int) -> tuple[Tensor, bool]:
+    """Which of a prompt's image tokens belong to which part, bool [K, T], and whether means per token are compared."""
+    layout = LAYOUTS[question.layout]
+    if layout.kind == "sequence":
+        sizes = [prompts.fit.size(*data.image_size(image)) for image in question.example.images]
+        counts = [image_tokens(prompts, size, len(sizes)) for size in sizes] if len(set(sizes)) > 1 else None
+        counts = counts or [tokens // len(sizes)] * len(sizes)
+        if sum(counts) != tokens:
+            raise SystemExit(
+                f"{type(prompts.processor).__name__}: {tokens} image tokens in a prompt whose images have {counts}: attention "
+                "cannot be told apart by image"
+            )
+        return torch.eye(len(sizes), dtype=torch.bool).repeat_interleave(torch.tensor(counts), 1), True
+    return regions(layout, *token_grid(prompts.processor, prompt.inputs, tokens)), False
+
+
+@functools.lru_cache(maxsize=4096)
+def image_tokens(prompts: Prompts, size: tuple[int, int], images: int) -> int:
+    """Tokens of one image of this size among so many: counted by showing the processor so many of the same."""
+    content = [{"type": "image"}] * images
+    text = prompts.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    found = prompts.processor(text=[text], images=[Image.new("RGB", size)] * images, return_tensors="pt")
+    return int((found["input_ids"] == image_token(prompts.processor)).sum()) // images
+
+
+def image_token(processor: Any) -> int:
+    token = getattr(processor, "image_token_id", None)
+    if token is None:
+        raise SystemExit(f"{type(processor).__name__} has no image token: its prompts hold no images to look at")
+    return token
+
+
+def token_grid(processor: Any, inputs: dict[str, Tensor], tokens: int) -> tuple[int, int]:
+    """(rows, columns) of the one image's tokens. SystemExit where they are no such grid (tiles, thumbnails)."""
+    if "image_grid_thw" in inputs:
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        merge = math.isqrt(rows * columns // tokens)
+        return rows // merge, columns // merge
+    pixels = inputs["pixel_values"]
+    if pixels.dim() == 4 and len(pixels) == 1:
+        rows = round(math.sqrt(tokens * pixels.shape[2] / pixels.shape[3]))
+        if tokens % rows == 0 and abs(tokens // rows * pixels.shape[2] - rows * pixels.shape[3]) < max(
+            pixels.shape[2:]
+        ):
+            return rows, tokens // rows
+    raise SystemExit(
+        f"{type(processor).__name__} cuts images into tiles, whose tokens are no map of the image: --layouts without grids and pip"
+    )
+
+
+@torch.no_grad()
+def answer_questions(
+    run: Run, questions: Sequence[Question], numbers: Sequence[int], prompts: list[Prompt]
+) -> list[dict]:
+    """Sample answers and look where they come from; one candidate record for each answer."""
+    cfg, G = run.cfg, run.cfg.answers
+    with run.autocast():
+        inputs = run.collate(prompts)
+        noise = virft.sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, cfg.max_completion_tokens).to(run.device)
+        ids = virft.sample(run.model, inputs, G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
+        mask = virft.completion_mask(ids, run.eos) & ~torch.isin(ids, run.eos)
+        attention, perplexity = look(run.model, inputs, ids, mask, G, cfg.layer, **run.distribution)
+    texts, truncated = run.decode(ids, mask), ~torch.isin(ids, run.eos).any(1)
+    is_image = inputs["input_ids"] == image_token(run.processor)
+    records = []
+    for row, text in enumerate(texts):
+        question, prompt = questions[row // G], prompts[row // G]
+        looked = attention[row][is_image[row // G]].cpu()
+        shares = attention_shares(looked, *image_parts(run.prompts, question, prompt, len(looked))).tolist()
+        records.append(
+            {
+                "number": numbers[row // G],
+                "id": question.example.id + (f"/{row % G}" if G > 1 else ""),
+                "image": [str(path) for path in question.example.images],
+                "prompt": question.example.question,
+                "chosen": question.example.solution,
+                "rejected": text.strip(),
+                "gt": question.example.solution,
+                "layout": question.layout,
+                "target": question.target,
+                "ratio": round(shares[question.target], 4),
+                "shares": [round(share, 4) for share in shares],
+                "perplexity": round(float(perplexity[row]), 4),
+                "truncated": bool(truncated[row]),
+            }
+        )
+    return records
+
+
+def report_selection(judged: Sequence[dict], cfg: BuildConfig) -> str:
+    """The table of what was dropped by which filter, by layout."""
+    columns = [*FILTERS, "not drawn"] if cfg.selection == "random" else [*FILTERS]
+    lines = [
+        f"{'layout':10s}{'answers':>9s}" + "".join(f"{name:>14s}" for name in columns) + f"{'pairs':>9s}{'ratio':>8s}"
+    ]
+    for layout in [*(name for name in LAYOUTS if any(c["layout"] == name for c in judged)), "all"]:
+        rows = [c for c in judged if layout in (c["layout"], "all")]
+        dropped, ratio = Counter(c["dropped"] for c in rows), sum(c["ratio"] for c in rows) / max(1, len(rows))
+        counts = "".join(f"{dropped[name]:14d}" for name in columns)
+        lines.append(f"{layout:10s}{len(rows):9d}{counts}{dropped[None]:9d}{ratio:8.3f}")
+    return "\n".join([*lines, "ratio: the mean share of attention that the right image got, over all answers"])
+
+
+def draw_pair(pair: dict, path: Path, height: int = 300) -> None:
+    """The images of a pair with the share of attention on each, the right one framed, and both answers below."""
+    layout, font = LAYOUTS[pair["layout"]], ImageFont.load_default(18)
+    pictures = [data.open_image(Path(image)) for image in pair["image"]]
+    pictures = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
+    text = f"{pair['prompt'].replace(IMAGE_MARK, '').strip()}\nchosen: {pair['chosen']}\nrejected: {pair['rejected']}"
+    lines = [line[at : at + 110] for line in text.splitlines() for at in range(0, max(1, len(line)), 110)]
+    width = max(sum(p.width + 8 for p in pictures) + 8, 900)
+    sheet = Image.new("RGB", (width, height + 24 + 24 * len(lines)), "white")
+    draw, x = ImageDraw.Draw(sheet), 8
+    frames: list[Box] = []
+    for picture in pictures:
+        sheet.paste(picture, (x, 8))
+        if layout.kind == "sequence":
+            frames.append((x, 8, x + picture.width, 8 + height))
+        elif layout.kind == "pip":
+            frames = [
+                (
+                    x + CENTER[0] * picture.width,
+                    8 + CENTER[1] * height,
+                    x + CENTER[2] * picture.width,
+                    8 + CENTER[3] * height,
+                )
+            ]
+        else:
+            rows, columns = GRIDS[layout.images]
+            w, h = picture.width / columns, height / rows
+            frames = [
+                (x + c * w, 8 + r * h, x + (c + 1) * w, 8 + (r + 1) * h) for r in range(rows) for c in range(columns)
+            ]
+        x += picture.width + 8
+    for i, (frame, share) in enumerate(zip(frames, pair["shares"])):
+        draw.rectangle(frame, outline="green" if i == pair["target"] else "magenta", width=3)
+        draw.text((frame[0] + 6, frame[1] + 4), f"{share:.2f}", "black", font, stroke_width=3, stroke_fill="white")
+    for i, line in enumerate(lines):
+        draw.text((8, height + 16 + 24 * i), line, "black", font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def write_rows(file: Path, rows: Sequence[dict], images: str) -> None:
+    """JSON lines, whole or not at all; images relative to the file's folder, so that both can be moved together."""
+    aside = file.with_name(file.name + ".unfinished")
+    aside.unlink(missing_ok=True)
+    evaluate.append_rows(
+        aside, [r | {images: [os.path.relpath(path, file.parent) for path in r[images]]} for r in rows]
+    )
+    aside.replace(file)
+
+
+def parse_build(argv: list[str]) -> BuildConfig:
+    (cfg,) = HfArgumentParser(BuildConfig, prog="mia_dpo.py build").parse_args_into_dataclasses(argv)
+    try:
+        mix = reward_weights(cfg.layouts)
+    except ValueError as error:
+        raise SystemExit(f"--layouts {' '.join(cfg.layouts)}: {error}") from None
+    tasks = {**TASKS, "captions": CAPTIONS}
+    virft.obey(cfg, [
+        ("task", cfg.task in tasks, f"one of {', '.join(tasks)}"),
+        ("data", cfg.data, "given: the folder or file of questions about single images"),
+        ("layouts", mix and mix.keys() <= LAYOUTS.keys() and min(mix.values()) > 0, f"weights above 0 of {', '.join(LAYOUTS)}"),
+        ("selection", cfg.selection in ("attention", "random", "none"), "attention, random or none"),
+        ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
+        ("temperature", cfg.temperature > 0, "above 0"),
+        ("answers", cfg.answers >= 0, "0 (questions only) or more"),
+        ("layer", cfg.layer is None or cfg.layer >= 0, "counted from 0"),
+        ("out", cfg.out.endswith(".jsonl"), "a file NAME.jsonl"),
+        *at_least_1(cfg, "cell", "max_completion_tokens", "batch"),
+    ])  # fmt: skip
+    return cfg
+
+
+MAY_DIFFER = ("overwrite", "workers", "batch", "pictures")  # settings of a build that change no candidate
+
+
+def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
+    """Make the folder beside the pairs; the candidates that an interrupted build of the same settings left in it."""
+    settings, file = asdict(cfg) | dict.fromkeys(MAY_DIFFER), folder / "config.json"
+    if cfg.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    finished = Path(cfg.out).exists() or (folder / "questions.jsonl").exists()
+    if not cfg.overwrite and (finished or file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings):
+        raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; --overwrite true replaces it")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+    return [row for part in sorted(folder.glob("candidates.*.jsonl")) for row in evaluate.read_predictions(part)]
+
+
+def build(argv: list[str]) -> None:
+    """Items 1 to 4 of the method: candidates, one file per process as they come; then the selection over all of them."""
+    cfg = parse_build(argv)
+    accelerator, out = virft.make_accelerator(cfg.out), Path(cfg.out)
+    folder, main = out.with_suffix(""), accelerator.is_main_process
+    task = {**TASKS, "captions": CAPTIONS}[cfg.task]
+    chosen = {name: getattr(cfg, name) for name in ("categories", "shots", "limit", "seed", "skip_bad_images")}
+    examples, notes = data.load_examples(task, cfg.data, "train", **chosen)
+    if several := [e.id for e in examples if len(e.images) != 1]:
+        raise DataError(f"example {several[0]} has several images; a build starts from questions about one")
+    processor, fit, coordinates = models.load_processor(
+        cfg.model, cfg.revision, cfg.max_pixels, cfg.min_pixels, cfg.coordinates
+    )
+    room = models.max_positions(cfg.model, cfg.revision) - cfg.max_completion_tokens
+    prompts = Prompts(task, examples, processor, fit, coordinates, False, cfg.system_prompt, room)
+    questions = Questions(prompts, reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed)
+    run = virft.load_frozen(cfg, accelerator, prompts)
+    run.distribution["temperature"] = cfg.temperature
+    run.say("\n".join(notes))
+    (kept,) = broadcast_object_list([open_folder(cfg, folder) if main else []])
+    if kept:
+        run.say(f"going on with {len(kept)} answers from {folder}")
+    done = {candidate["number"] for candidate in kept}
+    mine = range(len(examples))[accelerator.process_index :: accelerator.num_processes]
+    loader = DataLoader(
+        questions, cfg.batch, sampler=[i for i in mine if i not in done], collate_fn=list, num_workers=cfg.workers
+    )
+    own, skipped = folder / f"candidates.{accelerator.process_index}.jsonl", []
+    for batch in tqdm(loader, desc="build", disable=not main, dynamic_ncols=True):
+        flaws = [question for _, question, _ in batch if isinstance(question, DataError)]
+        if flaws and not cfg.skip_bad_images:
+            raise flaws[0]
+        skipped += map(str, flaws)
+        good = [part for part in batch if part[2] is not None]
+        if good and cfg.answers:
+            numbers, asked, encoded = zip(*good)
+            records = answer_questions(run, asked, numbers, list(encoded))
+            evaluate.append_rows(own, records)
+            kept += records
+    skipped = gather_object(skipped)
+    unique = {(c["number"], c["id"]): c for c in gather_object(kept)}  # all processes hold what was kept from before
+    if main:
+        if skipped:
+            print(f"{len(skipped)} questions skipped; first: {skipped[0]}")
+        finish_build(cfg, questions, [unique[key] for key in sorted(unique)], folder)
+    virft.finish(run)
+
+
+def finish_build(cfg: BuildConfig, questions: Questions, candidates: list[dict], folder: Path) -> None:
+    """Select, and write what a build leaves: pairs, candidates with the reason of each, questions, pictures, a table."""
+    if not cfg.answers:
+        return write_questions(questions, folder)
+    judged = select(candidates, cfg)
+    pairs = [c for c in judged if c["dropped"] is None]
+    write_rows(folder / "candidates.jsonl", judged, "image")
+    for number, pair in enumerate(random.Random(cfg.seed).sample(pairs, min(cfg.pictures, len(pairs)))):
+        draw_pair(pair, folder / "pictures" / f"{number:03d}.png")
+    table = report_selection(judged, cfg)
+    (folder / "selection.txt").write_text(table + "\n")
+    published = ("id", "image", "prompt", "chosen", "rejected", "gt", "layout", "ratio")
+    write_rows(Path(cfg.out), [{name: pair[name] for name in published} for pair in pairs], "image")
+    for part in folder.glob("candidates.*.jsonl"):
+        part.unlink()
+    print(
+        f"{table}\n{len(pairs)} pairs in {cfg.out}; all answers in {folder / 'candidates.jsonl'}, pictures in {folder / 'pictures'}"
+    )
+
+
+def write_questions(questions: Questions, folder: Path) -> None:
+    """The questions as rows for virft.py: to evaluate a model on, or to train it on by GRPO."""
+    rows, boxes = [], questions.prompts.task.boxes
+    if boxes and questions.prompts.coordinates != "relative":
+        raise SystemExit("--answers 0: rows hold boxes in 0..1000; --coordinates relative")
+    for i in range(len(questions)):
+        example = questions.compose(i).example
+        solution = example.solution if boxes else parse_answer(example.solution) or example.solution
+        row = {"images": [str(path) for path in example.images], "problem": example.question, "solution": solution}
+        rows.append(row | {"category": example.category} | ({"coords": 1000} if boxes else {}))
+    write_rows(folder / "questions.jsonl", rows, "images")
+    print(f"{len(rows)} questions in {folder / 'questions.jsonl'}")
+
+
+# ================================================================================================
+# The machinery of `train`.
+
+
+def read_pairs(file: Path) -> list[Example]:
+    """Pairs as examples whose solution is (chosen, rejected). DataError names the line, and what was expected."""
+    examples = []
+    for where, row in data.file_rows(file):
+        names = ("id", "image", "prompt", "chosen", "rejected")
+        missing = [name for name in names if not isinstance(row, dict) or not row.get(name)]
+        if missing or not all(isinstance(row[name], str) for name in ("prompt", "chosen", "rejected")):
+            raise DataError(f"{where}: a pair has {', '.join(names)}, none of them empty; this one is {str(row)[:300]}")
+        images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+        paths = tuple(file.parent / image for image in images)
+        if lost := [path for path in paths if not path.is_file()]:
+            raise DataError(f"{where}: {lost[0]}: no such image")
+        content = (row["chosen"], row["rejected"])
+        examples.append(Example(str(row["id"]), paths, None, content, "pair", question=row["prompt"]))
+    if not examples:
+        raise DataError(f"{file}: no pairs; the table of `build` says which filter dropped them")
+    return examples
+
+
+def parse_train(argv: list[str]) -> TrainConfig:
+    (cfg,) = HfArgumentParser(TrainConfig, prog="mia_dpo.py train").parse_args_into_dataclasses(argv)
+    virft.obey(cfg, [
+        ("beta", cfg.beta > 0, "above 0"),
+        ("gamma", cfg.gamma >= 0, "0 or more"),
+        ("epochs", cfg.epochs > 0, "above 0"),
+        ("steps", cfg.steps >= 0, "0 (by --epochs) or more"),
+        *virft.training_rules(cfg),
+        *virft.out_rules(cfg, "model", "pairs", may_exist=cfg.overwrite or cfg.resume),
+    ])  # fmt: skip
+    return cfg
+
+
+def train(argv: list[str]) -> None:
+    """Items 5 and 6 of the method."""
+    cfg = parse_train(argv)
+    pairs = read_pairs(Path(cfg.pairs))
+    cfg.steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.prompts_per_step))
+    accelerator = virft.make_accelerator(cfg.out, cfg.report_to, cfg.shard)
+    saved = virft.find_checkpoint(cfg, (*virft.RESUME_MAY_CHANGE, "pairs")) if cfg.resume else None
+    processor, fit, coordinates = models.load_processor(
+        cfg.model, cfg.revision, cfg.max_pixels, cfg.min_pixels, "relative"
+    )
+    longest = max(len(ids) for ids in processor.tokenizer([text for e in pairs for text in e.solution])["input_ids"])
+    room = models.max_positions(cfg.model, cfg.revision) - longest - 1
+    task = replace(TASKS["rows"], name="pairs")
+    prompts = Prompts(task, pairs, processor, fit, coordinates, False, cfg.system_prompt, room, cfg.skip_bad_images)
+    run = virft.load_trained(cfg, accelerator, prompts, saved)
+    virft.make_trainable(run, reference=True)
+    (first,) = data.whole([run.prompts[0, 0]])
+    answers = "".join(f"\n{name}: {text}" for name, text in zip(("chosen", "rejected"), first.solution))
+    setup = "\n".join(
+        [
+            virft.describe_settings(cfg),
+            virft.describe_steps(run, 2, "answers"),
+            virft.describe_prompt(run, first) + answers,
+        ]
+    )
+    run.say(setup)
+    virft.open_out(run, setup)
+    virft.train(run, dpo_step, shown=("margin", "accuracy", "logp_chosen"))
+    virft.finish(run)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command, *rest = sys.argv[1:] if argv is None else argv or [""]
+    if command not in ("build", "train"):
+        raise SystemExit(
+            "mia_dpo.py build ... makes preference pairs, mia_dpo.py train ... learns from them; each has --help"
+        )
+    try:
+        {"build": build, "train": train}[command](rest)
+    except DataError as error:
+        raise SystemExit(f"data: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
