@@ -371,10 +371,16 @@ def flaw(candidate: dict, cfg: BuildConfig) -> str | None:
 def select(candidates: Sequence[dict], cfg: BuildConfig) -> list[dict]:
     """The candidates with `dropped`: the filter that dropped each, None for those that become pairs.
 
+    An answer that was sampled twice to one question is "repeated" the second time.
     random keeps as many of every layout as attention does, by lot among those that only attention might drop: the control.
     """
-    judged = [candidate | {"dropped": flaw(candidate, cfg)} for candidate in candidates]
-    eligible = [c for c in judged if c["dropped"] in (None, FILTERS[-1])]
+    judged, seen = [candidate | {"dropped": flaw(candidate, cfg)} for candidate in candidates], set()
+    for c in judged:
+        said = (c["number"], *c["rejected"].casefold().split())
+        if said in seen:
+            c["dropped"] = c["dropped"] or "repeated"
+        seen.add(said)
+    eligible = [c for c in judged if c["dropped"] in (None, "looked right")]
     if cfg.selection != "attention":
         taken = Counter(c["layout"] for c in eligible if c["dropped"] is None)
         for layout in dict.fromkeys(c["layout"] for c in eligible):
@@ -632,7 +638,7 @@ def answer_questions(
 
 def report_selection(judged: Sequence[dict], cfg: BuildConfig) -> str:
     """The table of what was dropped by which filter, by layout."""
-    columns = [*FILTERS, "not drawn"] if cfg.selection == "random" else [*FILTERS]
+    columns = [*FILTERS, "repeated", *(["not drawn"] if cfg.selection == "random" else [])]
     lines = [
         f"{'layout':10s}{'answers':>9s}" + "".join(f"{name:>14s}" for name in columns) + f"{'pairs':>9s}{'ratio':>8s}"
     ]
@@ -729,7 +735,9 @@ def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
         raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; --overwrite true replaces it")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")
-    return [row for part in sorted(folder.glob("candidates.*.jsonl")) for row in evaluate.read_predictions(part)]
+    found = [row for part in sorted(folder.glob("candidates.*.jsonl")) for row in evaluate.read_predictions(part)]
+    answered = Counter(row["number"] for row in found)
+    return [row for row in found if answered[row["number"]] == cfg.answers]  # of a question all answers or none
 
 
 def build(argv: list[str]) -> None:

@@ -4,6 +4,7 @@
 #   bash run.sh                          the offline demo: evaluate, train with GRPO, evaluate again
 #   bash run.sh demo --seed 1            the same with other flags of virft.py
 #   bash run.sh demo FAMILY [flags]      the demo of detection (the default), classification, grounding or multi-image
+#   bash run.sh demo mia-dpo [flags]     the demo of mia_dpo.py; flags that its build and train both know, such as --seed
 #   bash run.sh controls                 what the demo's gain is compared with
 #   bash run.sh test [pytest arguments]  the tests; -m slow runs the long ones
 #   bash run.sh --task coco --data DIR --model NAME ...     your own training: accelerate launch virft.py ...
@@ -46,8 +47,9 @@ demo() {
     local family=detection
     case "${1:-}" in
         detection | classification | grounding | multi-image) family=$1; shift ;;
+        mia-dpo) shift; demo_mia_dpo "$@"; return ;;
         "" | --*) ;;
-        *) echo "run.sh: no demo $1; there are detection, classification, grounding and multi-image" >&2; exit 2 ;;
+        *) echo "run.sh: no demo $1; there are detection, classification, grounding, multi-image and mia-dpo" >&2; exit 2 ;;
     esac
     local out=runs/demo model=demo/model pictures=(--val 400) evaluation=() task source training
     if [ "$family" != detection ]; then out+=_${family/-/_} model+=_${family/-/_}; fi
@@ -78,6 +80,29 @@ demo() {
     python demo/report.py "$out"
 }
 
+demo_mia_dpo() {
+    local out=runs/demo_mia_dpo model=demo/model_mia_dpo selection
+    local questions=(--task rows --max_completion_tokens 8 --layouts sequence2 sequence3 grid4 --cell 56 --overwrite true)
+    evaluate_both() {  # MODEL FOLDER: asked about one of several pictures, and about the only one
+        local common=(--task rows --model "$1" --think false --max_completion_tokens 8 --eval_only true --eval_batch 64 --overwrite true)
+        launch virft.py "${common[@]}" --data "$out/held_out/questions.jsonl" --out "$out/$2/several"
+        launch virft.py "${common[@]}" --data "$out/data/val.jsonl" --out "$out/$2/single"
+    }
+    python demo/shapes.py mia-dpo --out "$out/data" --val 800
+    launch mia_dpo.py build "${questions[@]}" --data "$out/data/val.jsonl" --model "$model" --answers 0 --out "$out/held_out.jsonl"
+    echo "before: the tiny model of $model answers held-out questions"
+    evaluate_both "$model" before
+    for selection in attention random; do
+        echo "selection: $selection"
+        launch mia_dpo.py build "${questions[@]}" --data "$out/data/train.jsonl" --model "$model" --out "$out/$selection.jsonl" \
+            --selection "$selection" --layer 2 --answers 2 --batch 32 "$@"
+        launch mia_dpo.py train --pairs "$out/$selection.jsonl" --model "$model" --out "$out/$selection/train" --overwrite true \
+            --epochs 3 --lr 1e-4 --prompts_per_forward 16 "$@"
+        evaluate_both "$out/$selection/train/model" "$selection"
+    done
+    python demo/report.py "$out"
+}
+
 setup
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || echo 4)}"
@@ -86,5 +111,5 @@ case "${1:-demo}" in
     controls) shift; export HF_HUB_OFFLINE=1; python demo/controls.py "$@" ;;
     test) shift; HF_HUB_OFFLINE=1 python -m pytest "$@" ;;
     --*) launch virft.py "$@" ;;
-    *) sed -n '2,9p' run.sh | cut -c3-; exit 2 ;;
+    *) sed -n '2,10p' run.sh | cut -c3-; exit 2 ;;
 esac

@@ -139,10 +139,30 @@ def side_by_side(before: Path, after: Path, path: Path, count: int = 4) -> None:
     sheet.save(path)
 
 
+def report_mia_dpo(folder: Path) -> None:
+    """Accuracy about one of several pictures and about a lone one: untrained, and with pairs chosen in two ways."""
+    columns, rows = ("before", "random", "attention"), {}
+    for name, meaning in (
+        ("several", "asked about one of several pictures"),
+        ("single", "asked about the only picture"),
+    ):
+        rows[f"accuracy, {meaning}"] = [measure(folder / column / name)["accuracy"] for column in columns]
+    pairs = [0, *(len((folder / f"{column}.jsonl").read_text().splitlines()) for column in columns[1:])]
+    print(f"\n{'':48s}" + "".join(f"{column:>12s}" for column in columns))
+    for meaning, values in rows.items():
+        print(f"  {meaning:46s}" + "".join(f"{value:12.3f}" for value in values))
+    print(f"  {'preference pairs':46s}" + "".join(f"{count:12d}" for count in pairs))
+    (folder / "summary.json").write_text(json.dumps({"columns": columns, **rows, "pairs": pairs}, indent=2) + "\n")
+    print(f"\npairs with the attention on each image   {folder / 'attention' / 'pictures'}")
+    print(f"numbers                                  {folder / 'summary.json'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    if (folder / "attention.jsonl").exists():
+        return report_mia_dpo(folder)
     before, after = measure(folder / "before"), measure(folder / "after")
     print(f"\n{before['answers']} held-out questions{'':49s} before   after")
     metric = metric_of(folder / "before")
