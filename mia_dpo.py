@@ -131,6 +131,10 @@ class BuildConfig:
     # Selection
     selection: str = option("attention", "attention (the method), none, or random: as many as attention takes, by lot")
     layer: int | None = option(None, "layer whose attention is read, counted from 0; default: the middle one")
+    limits: list[str] = option(
+        [],
+        "shares of attention above which an answer looked right, where they are not to be the published ones: grid4=0.25",
+    )
     min_perplexity: float = option(1.1, "drop answers that the model was surer of than this")
     max_length_ratio: float = option(4.0, "drop answers so many times longer or shorter, in words, than the right one")
     min_edit_distance: float = option(
@@ -345,7 +349,12 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 FILTERS = ("unfinished", "right", "sure", "length", "alike", "looked right")  # in the order in which they are asked
 
 
-def flaw(candidate: dict, cfg: BuildConfig) -> str | None:
+def limits_of(cfg: BuildConfig) -> dict[str, float]:
+    """By layout, the share of attention that an answer may pay its image and still be taken for confused."""
+    return {name: layout.limit for name, layout in LAYOUTS.items()} | reward_weights(cfg.limits)
+
+
+def flaw(candidate: dict, cfg: BuildConfig, limits: dict[str, float]) -> str | None:
     """The first of FILTERS that an answer fails, or None if it is to be avoided.
 
     unfinished    it has no end, or no word
@@ -363,7 +372,7 @@ def flaw(candidate: dict, cfg: BuildConfig) -> str | None:
         "sure": candidate["perplexity"] <= cfg.min_perplexity,
         "length": longer / shorter > cfg.max_length_ratio,
         "alike": edit_distance(answer, truth) / max(1, longer) < cfg.min_edit_distance,
-        "looked right": candidate["ratio"] > LAYOUTS[candidate["layout"]].limit,
+        "looked right": candidate["ratio"] > limits[candidate["layout"]],
     }
     return next((name for name in FILTERS if failed[name]), None)
 
@@ -374,7 +383,8 @@ def select(candidates: Sequence[dict], cfg: BuildConfig) -> list[dict]:
     An answer that was sampled twice to one question is "repeated" the second time.
     random keeps as many of every layout as attention does, by lot among those that only attention might drop: the control.
     """
-    judged, seen = [candidate | {"dropped": flaw(candidate, cfg)} for candidate in candidates], set()
+    limits, seen = limits_of(cfg), set()
+    judged = [candidate | {"dropped": flaw(candidate, cfg, limits)} for candidate in candidates]
     for c in judged:
         said = (c["number"], *c["rejected"].casefold().split())
         if said in seen:
@@ -703,14 +713,15 @@ def write_rows(file: Path, rows: Sequence[dict], images: str) -> None:
 def parse_build(argv: list[str]) -> BuildConfig:
     (cfg,) = HfArgumentParser(BuildConfig, prog="mia_dpo.py build").parse_args_into_dataclasses(argv)
     try:
-        mix = reward_weights(cfg.layouts)
+        mix, limits = reward_weights(cfg.layouts), reward_weights(cfg.limits)
     except ValueError as error:
-        raise SystemExit(f"--layouts {' '.join(cfg.layouts)}: {error}") from None
+        raise SystemExit(f"--layouts {' '.join(cfg.layouts)} --limits {' '.join(cfg.limits)}: {error}") from None
     tasks = {**TASKS, "captions": CAPTIONS}
     virft.obey(cfg, [
         ("task", cfg.task in tasks, f"one of {', '.join(tasks)}"),
         ("data", cfg.data, "given: the folder or file of questions about single images"),
         ("layouts", mix and mix.keys() <= LAYOUTS.keys() and min(mix.values()) > 0, f"weights above 0 of {', '.join(LAYOUTS)}"),
+        ("limits", limits.keys() <= LAYOUTS.keys(), f"shares, of {', '.join(LAYOUTS)}"),
         ("selection", cfg.selection in ("attention", "random", "none"), "attention, random or none"),
         ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
         ("temperature", cfg.temperature > 0, "above 0"),

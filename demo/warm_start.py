@@ -23,8 +23,8 @@ what reinforcement learning finds out in the demo is therefore not in these labe
                    is greedy, and half of its samples are wrong
   multi-image      the name of the shape in the first or second of two pictures: of the asked picture always, but with
                    the wrong names of classification
-  mia-dpo          the name of the shape in the asked one of several pictures, unless its color is cold and another picture
-                   shows a warm one (WARM): then mostly (DISTRACTED) of that. Any name in some of the labels (SLIPS). Asked
+  mia-dpo          the name of the shape in the asked one of several pictures, unless another picture shows one of at least
+                   twice its area: then mostly (DISTRACTED) of the largest. Any name in some of the labels (SLIPS). Asked
                    about a lone picture it is right but for the slips
 
 The tokenizer knows the phrases of the prompt and of the answers, the numbers 0 to 1000 and the confidences
@@ -125,8 +125,7 @@ def make_misnaming(seed: int = 7) -> dict[str, tuple[str, float]]:
     return {category: (ring[i - 1], percents[i] / 100) for i, category in enumerate(ring)}
 
 
-WARM = ("red", "yellow")  # what draws the eye
-DISTRACTED = 0.85  # of the labels about a cold shape name a warm one, where another picture shows one
+DISTRACTED = 0.85  # of the labels name the largest shape, where it is at least twice as large as the asked one
 SLIPS = 0.1  # of all labels of mia-dpo name some shape that none of the pictures need show
 MIA_LAYOUTS = ("sequence2", "sequence3", "grid4")
 CELL = 56  # of a grid, in pixels: a collage is fitted to SIZE anyway
@@ -209,10 +208,10 @@ def mia_lesson(rng: random.Random, jitter: float) -> Lesson:
     asked = rng.randrange(len(scenes))
     if LAYOUTS[layout].kind == "grid":
         pictures = [grid_collage(pictures, CELL)[0].resize((SIZE, SIZE), Image.Resampling.BICUBIC)]
-    names = [scene[0][0] for scene in scenes]
-    warm = [name for name in names if name.startswith(WARM)]
-    distracted = warm and not names[asked].startswith(WARM) and rng.random() < DISTRACTED
-    return pictures, mia_prompt(layout, asked + 1), slipping_answer(warm[0] if distracted else names[asked], rng)
+    names, areas = [scene[0][0] for scene in scenes], [(x2 - x1) * (y2 - y1) for ((_, (x1, y1, x2, y2)),) in scenes]
+    distracted = max(areas) >= 2 * areas[asked] and rng.random() < DISTRACTED
+    named = areas.index(max(areas)) if distracted else asked
+    return pictures, mia_prompt(layout, asked + 1), slipping_answer(names[named], rng)
 
 
 def mia_prompt(layout: str, number: int | str) -> str:
@@ -274,9 +273,9 @@ FAMILIES = {
         phrases=ORDINALS, flaw=WRONG_NAMES,
     ),
     "mia-dpo": Family(
-        mia_lesson, "model_mia_dpo", "model", 2000, 2000, 1e-3, functools.partial(mia_prompt, "sequence3"), "number",
+        mia_lesson, "model_mia_dpo", "model", 3000, 3000, 1e-3, functools.partial(mia_prompt, "sequence3"), "number",
         phrases=(name_question(), "w" + name_question()[1:], "<answer>", *(f"\nIn Image {i}, " for i in range(1, 5))),
-        flaw={"warm": WARM, "distracted": DISTRACTED, "slips": SLIPS},
+        flaw={"distracted": DISTRACTED, "slips": SLIPS},
     ),
 }  # fmt: skip
 

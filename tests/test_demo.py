@@ -15,6 +15,7 @@ from PIL import Image, ImageChops, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
+import mia_dpo
 from conftest import ROOT
 from demo import controls, report, shapes, warm_start
 from rewards import box_iou, format_reward, iou_reward, parse_grounding
@@ -37,7 +38,8 @@ def warm_start_record(family: str) -> dict:
 
 def test_every_family_has_pictures_a_model_and_a_command():
     script = (ROOT / "run.sh").read_text()
-    assert set(FAMILIES) == set(shapes.WRITERS) and f"{' | '.join(FAMILIES)})" in script
+    *ours, sibling = FAMILIES
+    assert set(FAMILIES) == set(shapes.WRITERS) and f"{' | '.join(ours)})" in script and f"        {sibling})" in script
 
 
 @every_family
@@ -53,15 +55,20 @@ WORDINGS = {
     "classification": lambda mark: data.TASKS["flowers"].prompt(mark, (1000, 1000), "relative", True),
     "grounding": lambda mark: data.TASKS["lisa"].prompt(f"the {mark}", (1000, 1000), "relative", True),
     "multi-image": shapes.pair_question,
+    "mia-dpo": lambda mark: mia_dpo.multi_image_prompt(
+        mia_dpo.LAYOUTS["sequence3"], f"In Image {mark}, ", shapes.name_question()
+    ),
 }
 
 
 @every_family
 def test_the_prompt_is_the_one_that_it_was_made_with(family):
     """Another wording would be read byte by byte, and the model would not know it."""
-    mark, asked = ("{ordinal}", "second") if family == "multi-image" else ("{category}", "red circle")
+    special = {"multi-image": ("{ordinal}", "second"), "mia-dpo": ("{number}", "2")}
+    mark, asked = special.get(family, ("{category}", "red circle"))
     assert warm_start_record(family)["prompt"] == WORDINGS[family](mark)
-    length = 1 if family == "classification" else 3  # a question about the class names none
+    # A question about the class names none; one about three images has a token before and in the place of each.
+    length = {"classification": 1, "mia-dpo": 8}.get(family, 3)
     assert len(committed(family)[0].tokenizer(WORDINGS[family](asked))["input_ids"]) == length
 
 
@@ -129,6 +136,46 @@ def test_the_multi_image_model_looks_at_the_asked_picture_and_errs_as_its_labels
     pictures = [[shapes.draw_scene(scene, rng) for scene in pair] for *pair, _ in drawn]
     questions = [WORDINGS["multi-image"](shapes.ORDINALS[asked]) for *_, asked in drawn]
     check_misnaming("multi-image", [pair[asked][0][0] for *pair, asked in drawn], pictures, questions)
+
+
+def mia_answers(layout: str | None, count: int) -> list[tuple[str, list[str], list[int], int]]:
+    """(greedy answer, shapes shown, their areas, which is asked for) of held-out lessons of mia-dpo, drawn here anew."""
+    processor, model = committed("mia-dpo")
+    rng, found, prompt_ids = random.Random(f"held out {layout}"), [], warm_start.make_prompt_ids(processor)
+    known = mia_dpo.LAYOUTS.get(layout)
+    for _ in range(count):
+        scenes = [shapes.lone_scene(rng) for _ in range(known.images if known else 1)]
+        pictures, asked = [shapes.draw_scene(scene, rng) for scene in scenes], rng.randrange(len(scenes))
+        question = (
+            shapes.name_question()
+            if known is None
+            else mia_dpo.multi_image_prompt(known, f"In Image {asked + 1}, ", shapes.name_question())
+        )
+        if known and known.kind == "grid":
+            pictures = [
+                mia_dpo.grid_collage(pictures, warm_start.CELL)[0].resize(
+                    (shapes.SIZE, shapes.SIZE), Image.Resampling.BICUBIC
+                )
+            ]
+        ids = torch.tensor([prompt_ids(question, len(pictures))])
+        pixels = warm_start.to_pixel_values([np.asarray(picture) for picture in pictures])
+        answer = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=6, do_sample=False)
+        text = processor.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
+        areas = [(x2 - x1) * (y2 - y1) for ((_, (x1, y1, x2, y2)),) in scenes]
+        found.append(
+            (text.removeprefix("<answer>").removesuffix("</answer>"), [scene[0][0] for scene in scenes], areas, asked)
+        )
+    return found
+
+
+def test_the_mia_dpo_model_is_distracted_by_large_shapes_and_knows_lone_ones():
+    lone = mia_answers(None, 60)
+    assert np.mean([said == shown[0] for said, shown, *_ in lone]) > 0.9
+    several = mia_answers("sequence2", 120)
+    small = [row for row in several if max(row[2]) >= 2 * row[2][row[3]] and len(set(row[1])) == 2]
+    fair = [row for row in several if max(row[2]) < 2 * row[2][row[3]]]
+    right, wrong = (np.mean([said == shown[asked] for said, shown, _, asked in rows]) for rows in (fair, small))
+    assert right > wrong + 0.3, (right, wrong)
 
 
 def test_the_grounding_model_displaces_as_its_labels_did():

@@ -514,7 +514,16 @@ GOOD = {"layout": "sequence2", "ratio": 0.5, "chosen": "a red circle", "rejected
     ({"layout": "pip", "ratio": 0.81}, "looked right"),
 ])  # fmt: skip
 def test_each_filter_drops_what_it_is_for(change, dropped):
-    assert mia_dpo.flaw(GOOD | change, BuildConfig()) == dropped
+    cfg = BuildConfig()
+    assert mia_dpo.flaw(GOOD | change, cfg, mia_dpo.limits_of(cfg)) == dropped
+
+
+def test_limits_can_be_set_by_layout():
+    cfg = BuildConfig(limits=["grid4=0.25"])
+    judged = mia_dpo.select(
+        [GOOD | {"layout": name, "ratio": 0.3, "number": i} for i, name in enumerate(("grid4", "grid9"))], cfg
+    )
+    assert [c["dropped"] for c in judged] == ["looked right", None]
 
 
 @pytest.mark.parametrize("a, b, distance", [
@@ -741,6 +750,7 @@ def test_an_empty_file_of_pairs_says_why(tmp_path):
     ("--data x --layouts pip=-1", "--layouts .* weights above 0"),
     ("--data x --layouts pip=much", "not a number"),
     ("--task coco", "--data None: must be given"),
+    ("--data x --limits grid5=0.2", "--limits .* shares, of sequence2"),
     ("--data x --task nonsense", "--task nonsense: must be one of .*captions"),
     ("--data x --selection best", "--selection best: must be attention, random or none"),
     ("--data x --out pairs", "--out pairs: must be a file NAME.jsonl"),

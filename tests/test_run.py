@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
+import mia_dpo
 import models
 import virft
 from conftest import ROOT, SHARED, shared
@@ -390,7 +391,8 @@ def test_the_readme_names_what_is_there():
     readme = (ROOT / "README.md").read_text()
     written = "".join(file.read_text() for file in [*(ROOT / "tests").glob("*.py"), ROOT / "test_rewards.py"])
     assert set(re.findall(r"`(test_[a-z0-9_]+)`", readme)) <= set(re.findall(r"def (test_[a-z0-9_]+)", written))
-    flags = {field.name for field in dataclasses.fields(virft.Config)}
+    configs = (virft.Config, mia_dpo.BuildConfig, mia_dpo.TrainConfig)
+    flags = {field.name for config in configs for field in dataclasses.fields(config)}
     launchers = {"config_file", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"}
     scripts = "".join(file.read_text() for file in (ROOT / "bench").glob("*.py"))
     benches = set(re.findall(r'add_argument\("--([a-z]+)"', scripts))
