@@ -65,7 +65,7 @@ import data
 import evaluate
 import models
 from data import CATEGORY_SPLITS, DataError, Example, Prompt, Prompts
-from models import Checkpoint, make_room, next_position, repeated_logits, shares_prompt, told_positions
+from models import Checkpoint, next_position, prompts_in_common, repeated_logits, shares_prompt, told_positions
 from rewards import choose_rewards, reward_weights
 
 
@@ -233,24 +233,27 @@ def sample(
     probable token instead. Behind its first EOS a row is filled with EOS, which completion_mask leaves out.
     """
     rows = torch.arange(len(inputs["input_ids"]) * group_size, device=eos.device)
-    prefix, going = fork(prefill(model, inputs), rows // group_size), rows  # going: the rows that have not ended
-    make_room(prefix.cache)
-    logits, ids = prefix.logits, eos[0].repeat(len(rows), max_tokens)
-    for t in range(max_tokens):
-        logp = log_distribution(logits, temperature, forbidden)
-        if noise is None:
-            token = logp.argmax(-1)
-        else:
-            # The inverse of the cumulative distribution, in float64: float32 sums over 150,000 tokens lose the rare.
-            cdf = logp.double().exp().cumsum(-1)
-            token = torch.searchsorted(cdf, noise[going, t, None] * cdf[:, -1:], right=True).squeeze(1)  # never p = 0
-        ids[going, t] = token
-        on = (~torch.isin(token, eos)).nonzero().squeeze(1)
-        if t + 1 == max_tokens or len(on) == 0:
-            break
-        if len(on) < len(going):  # finished rows leave, so that the longest answer does not cost for all
-            prefix, going, token = fork(prefix, on), going[on], token[on]
-        logits = branch(model, prefix, token[:, None])[:, -1]
+    prompts, ids = prefill(model, inputs), eos[0].repeat(len(rows), max_tokens)
+    with prompts_in_common(model, prompts.cache, crosses=bool(prompts.sight)):
+        prefix, going = fork(prompts, rows // group_size), rows  # going: the rows that have not ended
+        logits = prefix.logits
+        for t in range(max_tokens):
+            logp = log_distribution(logits, temperature, forbidden)
+            if noise is None:
+                token = logp.argmax(-1)
+            else:
+                # The inverse of the cumulative distribution, in float64: float32 sums over 150,000 tokens lose the rare.
+                cdf = logp.double().exp().cumsum(-1)
+                token = torch.searchsorted(cdf, noise[going, t, None] * cdf[:, -1:], right=True).squeeze(
+                    1
+                )  # never p = 0
+            ids[going, t] = token
+            on = (~torch.isin(token, eos)).nonzero().squeeze(1)
+            if t + 1 == max_tokens or len(on) == 0:
+                break
+            if len(on) < len(going):  # finished rows leave, so that the longest answer does not cost for all
+                prefix, going, token = fork(prefix, on), going[on], token[on]
+            logits = branch(model, prefix, token[:, None])[:, -1]
     return ids[:, : max(t + 1, 2)]  # two columns at least, so that all processes make the same calls when scoring
 
 

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import data
 import families
@@ -424,17 +423,31 @@ def test_evaluation_asks_as_training_does(make_run):
     assert isinstance(data.whole([trained])[0], Prompt)
 
 
-def test_a_cache_with_room_holds_what_a_growing_one_holds(monkeypatch):
-    """Memory runs out twice, and rows leave in between; what came before is not written over."""
-    monkeypatch.setattr(models.RoomyLayer, "ROOM", 2)
-    plain, roomy = DynamicCache(), DynamicCache()
-    for t in range(12):
-        states = torch.randn(2, 3 if t < 6 else 2, 2, 5 if t == 0 else 1, 4)
-        seen = [cache.update(states[0], states[1], 0) for cache in (plain, roomy)]
-        assert all(torch.equal(one, other) for one, other in zip(*seen)) and seen[0][0].shape[2] == 5 + t
-        if t == 0:
-            models.make_room(roomy)
-        if t == 5:
-            for cache in (plain, roomy):
-                cache.reorder_cache(torch.tensor([2, 0]))
-    assert type(roomy.layers[0]) is models.RoomyLayer
+@pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL", "SmolVLM"])
+def test_prompts_in_common_give_the_logits_of_copies(name, monkeypatch):
+    """Each step's logits to 1e-5, while memory runs out and rows leave, of one prompt more than of the other."""
+    monkeypatch.setattr(models.CommonPromptLayer, "ROOM", 2)
+    model, inputs = families.model(name), batch(prompts(name))
+    kept = {4: [0, 1, 2, 5, 6, 7], 6: [0, 3, 4], 7: [1, 2]}  # of the rows of before
+
+    def logits(common: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        prefix, found = virft.prefill(model, inputs), []
+        with models.prompts_in_common(model, prefix.cache, crosses=not common):
+            assert (model.config.get_text_config()._attn_implementation == "common_prompt") == common
+            prefix = virft.fork(prefix, torch.arange(8) // 4)
+            for t in range(10):
+                if t in kept:
+                    prefix = virft.fork(prefix, torch.tensor(kept[t]))
+                ids = torch.randint(0, families.WORDS, (8, 1))[: len(prefix.mask)]
+                found.append(virft.branch(model, prefix, ids))
+                assert prefix.cache.get_seq_length() == prefix.mask.shape[1] + t + 1
+        if common:
+            layer = prefix.cache.layers[0]
+            assert type(layer) is models.CommonPromptLayer and len(layer.prompts[0]) == len(inputs["input_ids"])
+        return found
+
+    with torch.no_grad():
+        for one, other in zip(logits(True), logits(False), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert model.config.get_text_config()._attn_implementation == "sdpa", "and is put back"
