@@ -111,6 +111,8 @@ class CommonPromptLayer(DynamicLayer):
         before = (self.prompt[:, None] == self.prompt).tril(-1)
         self.place = before.sum(1)
         self.most = int(self.place.max()) + 1
+        whole = torch.arange(len(self.prompts[0]), device=rows.device).repeat_interleave(self.most)
+        self.even = torch.equal(self.prompt, whole)  # until rows leave, a change of shape does it
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
@@ -127,13 +129,17 @@ class CommonPromptLayer(DynamicLayer):
 
     def per_prompt(self, x: Tensor) -> Tensor:
         """[N, heads, r, n] -> [B, heads, G * r, n]: rows of a prompt side by side, zeros where it has fewer than others."""
-        slots = x.new_zeros(len(self.prompts[0]), self.most, *x.shape[1:])
-        slots[self.prompt, self.place] = x
+        if self.even:
+            slots = x.unflatten(0, (-1, self.most))
+        else:
+            slots = x.new_zeros(len(self.prompts[0]), self.most, *x.shape[1:])
+            slots[self.prompt, self.place] = x
         return slots.transpose(1, 2).flatten(2, 3)
 
     def per_row(self, x: Tensor) -> Tensor:
         """The inverse of per_prompt."""
-        return x.unflatten(2, (self.most, -1)).transpose(1, 2)[self.prompt, self.place]
+        slots = x.unflatten(2, (self.most, -1)).transpose(1, 2)
+        return slots.flatten(0, 1) if self.even else slots[self.prompt, self.place]
 
 
 def attend(
