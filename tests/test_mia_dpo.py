@@ -108,7 +108,12 @@ class Planted(nn.Module):
     def __init__(self, plant: torch.Tensor, word: int, eos: int, vocabulary: int):
         super().__init__()
         self.plant, self.word, self.eos, self.vocabulary = plant, word, eos, vocabulary
-        self.config = SimpleNamespace(_attn_implementation="sdpa")
+        self.config, self.embedding = SimpleNamespace(_attn_implementation="sdpa"), nn.Embedding(1, 1)
+
+    _supports_attention_backend = False  # what it attends to is told it, with whatever kernel
+
+    def get_input_embeddings(self):
+        return self.embedding
 
     def set_attn_implementation(self, name: str) -> None:
         self.config._attn_implementation = name
