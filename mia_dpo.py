@@ -448,6 +448,7 @@ def dpo_step(run: Run, prompts: list[Prompt], step: int, metrics: Averages) -> l
             "loss": loss, "dpo_loss": dpo, "cross_entropy": cross_entropy, "margin": margin, "accuracy": (margin > 0).float(),
             "reward_chosen": rewards[:, 0], "reward_rejected": rewards[:, 1], "logp_chosen": logp[:, 0], "logp_rejected": logp[:, 1],
         }  # fmt: skip
+        columns = {name: values.detach() for name, values in columns.items()}
         for name, values in columns.items():
             metrics.add(name, values.sum(), len(pairs))
         for i, pair in enumerate(pairs):
