@@ -97,7 +97,7 @@ demo_mia_dpo() {
         launch mia_dpo.py build "${questions[@]}" --data "$out/data/train.jsonl" --model "$model" --out "$out/$selection.jsonl" \
             --selection "$selection" --limits sequence2=0.5 sequence3=0.333 grid4=0.25 --layer 1 --min_perplexity 1 --answers 4 --batch 32 "$@"
         launch mia_dpo.py train --pairs "$out/$selection.jsonl" --model "$model" --out "$out/$selection/train" --overwrite true \
-            --epochs 3 --lr 1e-4 --gamma 0.5 --prompts_per_forward 16 "$@"
+            --epochs 3 --lr 5e-5 --gamma 0.5 --prompts_per_forward 16 "$@"
         evaluate_both "$out/$selection/train/model" "$selection"
     done
     python demo/report.py "$out"
