@@ -234,7 +234,7 @@ def sample(
     """
     rows = torch.arange(len(inputs["input_ids"]) * group_size, device=eos.device)
     prompts, ids = prefill(model, inputs), eos[0].repeat(len(rows), max_tokens)
-    with prompts_in_common(model, prompts.cache, crosses=bool(prompts.sight)):
+    with prompts_in_common(model, prompts.cache, crosses=bool(prompts.sight)):  # read in one place: fork copies nothing
         prefix, going = fork(prompts, rows // group_size), rows  # going: the rows that have not ended
         logits = prefix.logits
         for t in range(max_tokens):
