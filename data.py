@@ -475,7 +475,8 @@ def read_captions(data: str, split: str, choice: Choice = Choice()) -> tuple[lis
         image_id, caption = (_field(file, "annotations", row, record, key) for key in ("image_id", "caption"))
         if image_id not in path_of:
             raise DataError(f"{file}: annotations[{row}] names image {image_id}, which the file does not list")
-        first.setdefault(image_id, " ".join(str(caption).split()))
+        if words := str(caption).split():
+            first.setdefault(image_id, " ".join(words))
     question = "Describe the image in one sentence."
     return [
         Example(f"{split}/{i}", (path_of[i],), None, caption, "caption", image_id=i, question=question)

@@ -27,6 +27,8 @@ What differs from the paper and its released code, and why:
     this is where an answer is chosen; a last token's own attention decides nothing.
   - No noise is put on the target image before the answer is sampled; the paper knows none, the released code does.
   - The paper names a length ratio and an edit distance without their limits: ours are flags of BuildConfig.
+  - A share of attention that is just the limit counts as low in every layout; the released code says < for collages.
+  - All weights are trained at lr 5e-6 by default; the released script takes --lora_rank 128 --lr 5e-5 --gamma 0 --epochs 1.
 
 Shapes in comments as in virft.py; K images or regions, T image tokens of a prompt.
 """
@@ -302,12 +304,11 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 def look(
-    model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, group_size: int, layer: int | None,
-    temperature: float, forbidden: Tensor,
+    model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, group_size: int, layer: int | None, forbidden: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Where the model looks while it gives its answers, and how sure it is of them.
 
-    ids [B * G, C]: answers to B prompts; mask: which of the tokens count. Returns the attention to each token of the
+    ids [B * G, C]: answers to B prompts; mask: which of the tokens count (of an empty answer the first). Returns the attention to each token of the
     prompt, [B * G, P], averaged over heads and over the positions that predict the answer, and the perplexity [B * G]:
     exp of the mean negative log-probability of the most probable token at each of them, the published definition.
     """
@@ -326,9 +327,12 @@ def look(
             f"--layer {layer}: {type(model).__name__} gives no attention to the whole prompt there; it has "
             f"{len(attending.attentions)} layers that give one, counted from 0 (those that slide see a window only)"
         )
-    counted = mask.float() / mask.sum(1, keepdim=True).clamp(min=1)  # [N, C]
-    attention = torch.einsum("nhcp,nc->np", seen.float(), counted) / seen.shape[1]
-    surest = virft.log_distribution(logits, temperature, forbidden).max(-1).values
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    counted = (mask | ~mask.any(1, keepdim=True) & first).float()
+    counted = counted / counted.sum(1, keepdim=True)  # [N, C]
+    # No matrix product, which autocast would round to bf16: shares are compared with limits.
+    attention = (seen.float().mean(1) * counted[..., None]).sum(1)
+    surest = virft.log_distribution(logits, 1.0, forbidden).max(-1).values
     perplexity = (-(surest * counted).sum(1)).exp()
     return F.pad(attention[:, : length - 1], (0, 1)), perplexity  # the last token is text, not an image
 
@@ -517,12 +521,13 @@ class Questions(Dataset):
         target = 0 if layout.kind == "pip" else rng.randrange(layout.images)
         shown = [other.images[0] for other in companions]
         shown.insert(target, example.images[0])
-        size = example.size or data.image_size(example.images[0])
+        picture = data.open_image(example.images[0], example.size)  # of the size that its boxes were drawn in
+        size = picture.size
         placed, frame = (0.0, 0.0, *map(float, size)), size
         if layout.kind == "sequence":
             images = tuple(self.as_file(source, f"{i}_{k}") for k, source in enumerate(shown))
         else:
-            pictures = [data.open_image(source) for source in shown]
+            pictures = [picture if k == target else data.open_image(source) for k, source in enumerate(shown)]
             if layout.kind == "grid":
                 sheet, places = grid_collage(pictures, self.cell)
                 placed = places[target]
@@ -619,7 +624,7 @@ def answer_questions(
         noise = virft.sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, cfg.max_completion_tokens).to(run.device)
         ids = virft.sample(run.model, inputs, G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
         mask = virft.completion_mask(ids, run.eos) & ~torch.isin(ids, run.eos)
-        attention, perplexity = look(run.model, inputs, ids, mask, G, cfg.layer, **run.distribution)
+        attention, perplexity = look(run.model, inputs, ids, mask, G, cfg.layer, run.distribution["forbidden"])
     texts, truncated = run.decode(ids, mask), ~torch.isin(ids, run.eos).any(1)
     is_image = inputs["input_ids"] == image_token(run.processor)
     records = []
@@ -631,7 +636,7 @@ def answer_questions(
             {
                 "number": numbers[row // G],
                 "id": question.example.id + (f"/{row % G}" if G > 1 else ""),
-                "image": [str(path) for path in question.example.images],
+                "image": [str(path.resolve()) for path in question.example.images],
                 "prompt": question.example.question,
                 "chosen": question.example.solution,
                 "rejected": text.strip(),
@@ -705,9 +710,9 @@ def write_rows(file: Path, rows: Sequence[dict], images: str) -> None:
     """JSON lines, whole or not at all; images relative to the file's folder, so that both can be moved together."""
     aside = file.with_name(file.name + ".unfinished")
     aside.unlink(missing_ok=True)
-    evaluate.append_rows(
-        aside, [r | {images: [os.path.relpath(path, file.parent) for path in r[images]]} for r in rows]
-    )
+    folder = file.parent.resolve()
+    relative = [[os.path.relpath(Path(path).resolve(), folder) for path in row[images]] for row in rows]
+    evaluate.append_rows(aside, [row | {images: paths} for row, paths in zip(rows, relative)])
     aside.replace(file)
 
 
@@ -717,7 +722,8 @@ def parse_build(argv: list[str]) -> BuildConfig:
         mix, limits = reward_weights(cfg.layouts), reward_weights(cfg.limits)
     except ValueError as error:
         raise SystemExit(f"--layouts {' '.join(cfg.layouts)} --limits {' '.join(cfg.limits)}: {error}") from None
-    tasks = {**TASKS, "captions": CAPTIONS}
+    tasks, folder = {**TASKS, "captions": CAPTIONS}, Path(cfg.out).with_suffix("").resolve()
+    used = [Path(path).resolve() for path in (cfg.data, cfg.model) if path]
     virft.obey(cfg, [
         ("task", cfg.task in tasks, f"one of {', '.join(tasks)}"),
         ("data", cfg.data, "given: the folder or file of questions about single images"),
@@ -729,27 +735,47 @@ def parse_build(argv: list[str]) -> BuildConfig:
         ("answers", cfg.answers >= 0, "0 (questions only) or more"),
         ("layer", cfg.layer is None or cfg.layer >= 0, "counted from 0"),
         ("out", cfg.out.endswith(".jsonl"), "a file NAME.jsonl"),
+        ("out", not any(folder == path or folder in path.parents for path in used), "outside --data and --model: its folder is NAME"),
         *at_least_1(cfg, "cell", "max_completion_tokens", "batch"),
     ])  # fmt: skip
     return cfg
 
 
-MAY_DIFFER = ("overwrite", "workers", "batch", "pictures")  # settings of a build that change no candidate
+# Settings of a build that change no candidate: an interrupted build goes on with others of them.
+MAY_DIFFER = (
+    "overwrite", "workers", "batch", "pictures", "selection", "limits", "min_perplexity", "max_length_ratio", "min_edit_distance",
+)  # fmt: skip
 
 
 def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
-    """Make the folder beside the pairs; the candidates that an interrupted build of the same settings left in it."""
+    """Make the folder beside the pairs; returns the answers that a build of the same settings left in it.
+
+    Those of an interrupted build, or of a finished one whose pairs were removed to select anew.
+    """
     settings, file = asdict(cfg) | dict.fromkeys(MAY_DIFFER), folder / "config.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if folder.exists() and any(folder.iterdir()) and "layouts" not in before:
+        raise SystemExit(f"--out {cfg.out}: must be another: {folder} was not made by a build, and will not be touched")
     if cfg.overwrite:
+        Path(cfg.out).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
     finished = Path(cfg.out).exists() or (folder / "questions.jsonl").exists()
-    if not cfg.overwrite and (finished or file.exists() and json.loads(file.read_text(encoding="utf-8")) != settings):
+    if not cfg.overwrite and (finished or before not in ({}, settings)):
         raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; --overwrite true replaces it")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")
-    found = [row for part in sorted(folder.glob("candidates.*.jsonl")) for row in evaluate.read_predictions(part)]
-    answered = Counter(row["number"] for row in found)
-    return [row for row in found if answered[row["number"]] == cfg.answers]  # of a question all answers or none
+    parts = sorted(folder.glob("candidates*.jsonl"))
+    found = {(row["number"], row["id"]): row for part in parts for row in evaluate.read_predictions(part)}
+    answered = Counter(number for number, _ in found)
+    kept = [row for (number, _), row in found.items() if answered[number] == cfg.answers]  # of a question all or none
+    for row in kept:
+        row["image"] = [str((folder / image).resolve()) for image in row["image"]]
+        row.pop("dropped", None)
+    write_rows(folder / "candidates.jsonl", kept, "image")  # whole, before parts are added to and removed
+    for part in parts:
+        if part.name != "candidates.jsonl":
+            part.unlink()
+    return kept
 
 
 def build(argv: list[str]) -> None:
@@ -765,6 +791,8 @@ def build(argv: list[str]) -> None:
     processor, fit, coordinates = models.load_processor(
         cfg.model, cfg.revision, cfg.max_pixels, cfg.min_pixels, cfg.coordinates
     )
+    if task.boxes and coordinates != "relative" and not cfg.answers:
+        raise SystemExit("--answers 0: rows hold boxes in 0..1000; --coordinates relative")
     room = models.max_positions(cfg.model, cfg.revision) - cfg.max_completion_tokens
     prompts = Prompts(task, examples, processor, fit, coordinates, False, cfg.system_prompt, room)
     questions = Questions(prompts, reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed)
@@ -779,76 +807,75 @@ def build(argv: list[str]) -> None:
     loader = DataLoader(
         questions, cfg.batch, sampler=[i for i in mine if i not in done], collate_fn=list, num_workers=cfg.workers
     )
-    own, skipped = folder / f"candidates.{accelerator.process_index}.jsonl", []
+    own = folder / f"candidates.{accelerator.process_index}.jsonl"
+    candidates, rows, skipped = kept if main else [], [], []
     for batch in tqdm(loader, desc="build", disable=not main, dynamic_ncols=True):
         flaws = [question for _, question, _ in batch if isinstance(question, DataError)]
         if flaws and not cfg.skip_bad_images:
             raise flaws[0]
         skipped += map(str, flaws)
-        good = [part for part in batch if part[2] is not None]
-        if good and cfg.answers:
+        if good := [part for part in batch if part[2] is not None]:
             numbers, asked, encoded = zip(*good)
-            records = answer_questions(run, asked, numbers, list(encoded))
-            evaluate.append_rows(own, records)
-            kept += records
-    skipped = gather_object(skipped)
-    unique = {(c["number"], c["id"]): c for c in gather_object(kept)}  # all processes hold what was kept from before
+            if cfg.answers:
+                records = answer_questions(run, asked, numbers, list(encoded))
+                evaluate.append_rows(own, records)
+                candidates += records
+            else:
+                rows += [question_row(task, number, question) for number, question in zip(numbers, asked)]
+    candidates, rows, skipped = (gather_object(found) for found in (candidates, rows, skipped))
     if main:
         if skipped:
             print(f"{len(skipped)} questions skipped; first: {skipped[0]}")
-        finish_build(cfg, questions, [unique[key] for key in sorted(unique)], folder)
+        if cfg.answers:
+            finish_build(cfg, sorted(candidates, key=lambda c: (c["number"], c["id"])), folder)
+        else:
+            rows = [row for _, row in sorted(rows, key=lambda numbered: numbered[0])]
+            write_rows(folder / "questions.jsonl", rows, "images")
+            print(f"{len(rows)} questions in {folder / 'questions.jsonl'}")
     virft.finish(run)
 
 
-def finish_build(cfg: BuildConfig, questions: Questions, candidates: list[dict], folder: Path) -> None:
-    """Select, and write what a build leaves: pairs, candidates with the reason of each, questions, pictures, a table."""
-    if not cfg.answers:
-        return write_questions(questions, folder)
+def finish_build(cfg: BuildConfig, candidates: list[dict], folder: Path) -> None:
+    """Select, and write what a build leaves: pairs, candidates with the reason of each, pictures, a table."""
     judged = select(candidates, cfg)
     pairs = [c for c in judged if c["dropped"] is None]
     write_rows(folder / "candidates.jsonl", judged, "image")
+    for part in folder.glob("candidates.*.jsonl"):
+        part.unlink()
     for number, pair in enumerate(random.Random(cfg.seed).sample(pairs, min(cfg.pictures, len(pairs)))):
         draw_pair(pair, folder / "pictures" / f"{number:03d}.png")
     table = report_selection(judged, cfg)
     (folder / "selection.txt").write_text(table + "\n")
     published = ("id", "image", "prompt", "chosen", "rejected", "gt", "layout", "ratio")
     write_rows(Path(cfg.out), [{name: pair[name] for name in published} for pair in pairs], "image")
-    for part in folder.glob("candidates.*.jsonl"):
-        part.unlink()
     print(
         f"{table}\n{len(pairs)} pairs in {cfg.out}; all answers in {folder / 'candidates.jsonl'}, pictures in {folder / 'pictures'}"
     )
 
 
-def write_questions(questions: Questions, folder: Path) -> None:
-    """The questions as rows for virft.py: to evaluate a model on, or to train it on by GRPO."""
-    rows, boxes = [], questions.prompts.task.boxes
-    if boxes and questions.prompts.coordinates != "relative":
-        raise SystemExit("--answers 0: rows hold boxes in 0..1000; --coordinates relative")
-    for i in range(len(questions)):
-        example = questions.compose(i).example
-        solution = example.solution if boxes else parse_answer(example.solution) or example.solution
-        row = {"images": [str(path) for path in example.images], "problem": example.question, "solution": solution}
-        rows.append(row | {"category": example.category} | ({"coords": 1000} if boxes else {}))
-    write_rows(folder / "questions.jsonl", rows, "images")
-    print(f"{len(rows)} questions in {folder / 'questions.jsonl'}")
+def question_row(task: Task, number: int, question: Question) -> tuple[int, dict]:
+    """A question as a row for virft.py: to evaluate a model on, or to train it on by GRPO."""
+    example = question.example
+    solution = example.solution if task.boxes else parse_answer(example.solution) or example.solution
+    row = {"images": [str(path) for path in example.images], "problem": example.question, "solution": solution}
+    return number, row | {"category": example.category} | ({"coords": 1000} if task.boxes else {})
 
 
 # ================================================================================================
 # The machinery of `train`.
 
 
-def read_pairs(file: Path) -> list[Example]:
+def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
     """Pairs as examples whose solution is (chosen, rejected). DataError names the line, and what was expected."""
     examples = []
     for where, row in data.file_rows(file):
         names = ("id", "image", "prompt", "chosen", "rejected")
-        missing = [name for name in names if not isinstance(row, dict) or not row.get(name)]
+        missing = [name for name in names if not isinstance(row, dict) or row.get(name) in (None, "", [])]
         if missing or not all(isinstance(row[name], str) for name in ("prompt", "chosen", "rejected")):
             raise DataError(f"{where}: a pair has {', '.join(names)}, none of them empty; this one is {str(row)[:300]}")
         images = row["image"] if isinstance(row["image"], list) else [row["image"]]
         paths = tuple(file.parent / image for image in images)
-        if lost := [path for path in paths if not path.is_file()]:
+        if lost := [path for path in paths if not path.is_file() and not skip_bad_images]:
             raise DataError(f"{where}: {lost[0]}: no such image")
         content = (row["chosen"], row["rejected"])
         examples.append(Example(str(row["id"]), paths, None, content, "pair", question=row["prompt"]))
@@ -873,7 +900,7 @@ def parse_train(argv: list[str]) -> TrainConfig:
 def train(argv: list[str]) -> None:
     """Items 5 and 6 of the method."""
     cfg = parse_train(argv)
-    pairs = read_pairs(Path(cfg.pairs))
+    pairs = read_pairs(Path(cfg.pairs), cfg.skip_bad_images)
     cfg.steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.prompts_per_step))
     accelerator = virft.make_accelerator(cfg.out, cfg.report_to, cfg.shard)
     saved = virft.find_checkpoint(cfg, (*virft.RESUME_MAY_CHANGE, "pairs")) if cfg.resume else None

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,9 @@ class CommonPromptLayer(DynamicLayer):
         for x, states in zip(self.memory, (key_states, value_states)):
             x[:, :, old:new] = states
         self.keys, self.values = (x[:, :, :new] for x in self.memory)
-        self.keys.layer = self  # for `attend`, which is given nothing but these tensors
+        self.keys.layer = weakref.proxy(
+            self
+        )  # no cycle, which would keep caches in memory; for `attend`, which is given nothing but these tensors
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import gc
 import inspect
 import math
+import weakref
 
 import pytest
 import torch
@@ -451,3 +453,19 @@ def test_prompts_in_common_give_the_logits_of_copies(name, monkeypatch):
         for one, other in zip(logits(True), logits(False), strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert model.config.get_text_config()._attn_implementation == "sdpa", "and is put back"
+
+
+def test_the_cache_of_a_rollout_is_freed_without_the_cycle_collector():
+    model, inputs = families.model("LLaVA"), batch(prompts("LLaVA"))
+    gc.disable()
+    try:
+        with torch.no_grad():
+            prefix = virft.prefill(model, inputs)
+            with models.prompts_in_common(model, prefix.cache, crosses=False):
+                forked = virft.fork(prefix, torch.arange(4) // 2)
+                virft.branch(model, forked, torch.ones(4, 1, dtype=torch.long))
+                left = [weakref.ref(layer) for cache in (prefix.cache, forked.cache) for layer in cache.layers]
+                del prefix, forked
+        assert left and not any(ref() for ref in left)
+    finally:
+        gc.enable()

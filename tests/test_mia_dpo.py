@@ -229,7 +229,7 @@ def test_what_is_looked_at_is_what_one_whole_forward_shows(name):
     mask = torch.arange(C) < torch.tensor([[3], [5], [1], [4]])
     with torch.no_grad():
         usual = model.config._attn_implementation
-        found, perplexity = mia_dpo.look(model, batch(inputs), ids, mask, G, 1, 1.3, NONE)
+        found, perplexity = mia_dpo.look(model, batch(inputs), ids, mask, G, 1, NONE)
         assert model.config._attn_implementation == usual
         model.set_attn_implementation("eager")
         for row, answer in enumerate(ids):
@@ -243,7 +243,7 @@ def test_what_is_looked_at_is_what_one_whole_forward_shows(name):
             out = model(**alone, use_cache=False, output_attentions=True)
             expected = out.attentions[1][0, :, P - 1 : P - 1 + n, : P - 1].mean((0, 1))
             torch.testing.assert_close(found[row, -P:-1], expected, atol=1e-5, rtol=1e-4)
-            top = (out.logits[0, P - 1 : P - 1 + n] / 1.3).log_softmax(-1).max(-1).values
+            top = (out.logits[0, P - 1 : P - 1 + n]).log_softmax(-1).max(-1).values
             assert float(perplexity[row]) == pytest.approx(math.exp(-float(top.mean())), rel=1e-4)
         model.set_attn_implementation(usual)
 
@@ -252,7 +252,7 @@ def test_a_layer_that_shows_nothing_is_an_error():
     model, inputs = families.model("LLaVA"), batch(prompts("LLaVA"))
     ids, mask = torch.ones(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool)
     with torch.no_grad(), pytest.raises(SystemExit, match="--layer 7: .* has 2 layers"):
-        mia_dpo.look(model, inputs, ids, mask, 1, 7, 1.0, NONE)
+        mia_dpo.look(model, inputs, ids, mask, 1, 7, NONE)
 
 
 class Patchwork:
@@ -624,6 +624,7 @@ def test_a_build_is_not_replaced_by_accident_and_goes_on_after_an_interruption(b
         candidate["image"] = [str(folder / image) for image in candidate["image"]]
     lines = [json.dumps({k: v for k, v in c.items() if k != "dropped"}) for c in whole[:9]]
     (folder / "candidates.0.jsonl").write_text("\n".join(lines) + '\n{"number": 4, "id": "cut o')
+    (folder / "candidates.jsonl").unlink()
     built.unlink()
     answered = []
     plain = mia_dpo.answer_questions
@@ -632,9 +633,64 @@ def test_a_build_is_not_replaced_by_accident_and_goes_on_after_an_interruption(b
     assert answered == list(range(4, 12)), "the question whose second answer was lost is asked again, none before it"
     again = rows_of(folder / "candidates.jsonl")
     assert [(c["id"], c["rejected"]) for c in again] == [(c["id"], c["rejected"]) for c in whole]
+    built.unlink()
     with pytest.raises(SystemExit, match="must be new"):
-        built.unlink()
         mia_dpo.main(["build", *command, "--seed", "3"])
+    answered.clear()
+    with mock.patch.object(mia_dpo, "answer_questions", lambda *arguments: answered.append(1)):
+        mia_dpo.main(["build", *command[:-2], "--answers", "2", "--min_perplexity", "99"])  # pairs removed: select anew
+    assert (
+        not answered
+        and rows_of(built) == []
+        and {c["id"] for c in rows_of(folder / "candidates.jsonl")} == {c["id"] for c in whole}
+    )
+    for candidate in rows_of(folder / "candidates.jsonl"):
+        assert all((folder / image).is_file() for image in candidate["image"])
+
+
+def test_a_line_that_was_cut_off_is_gone_before_others_follow(tmp_path):
+    """Interrupted twice: what the first left unfinished does not stand in the middle of what the second adds."""
+    cfg, folder = BuildConfig(out=str(tmp_path / "p.jsonl"), answers=2), tmp_path / "p"
+    assert mia_dpo.open_folder(cfg, folder) == []
+    rows = [{"number": 0, "id": f"a/{i}", "image": [str(tmp_path / "a.png")]} for i in range(2)]
+    rows.append({"number": 1, "id": "b/0", "image": []})
+    for _ in range(3):
+        with (folder / "candidates.0.jsonl").open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows) + '{"number": 2, "id')
+        assert mia_dpo.open_folder(cfg, folder) == rows[:2]
+
+
+def test_a_folder_that_no_build_made_is_not_touched(tmp_path):
+    (tmp_path / "coco").mkdir()
+    for name, text in (("photo.jpg", "x"), ("config.json", '{"model_type": "llava"}')):
+        (tmp_path / "coco" / name).write_text(text)
+    for overwrite in (False, True):
+        cfg = BuildConfig(out=str(tmp_path / "coco.jsonl"), overwrite=overwrite)
+        with pytest.raises(SystemExit, match="was not made by a build, and will not be touched"):
+            mia_dpo.open_folder(cfg, tmp_path / "coco")
+    with pytest.raises(SystemExit, match="outside --data and --model"):
+        mia_dpo.parse_build(
+            ["--data", str(tmp_path / "coco"), "--out", str(tmp_path / "coco.jsonl"), "--overwrite", "true"]
+        )
+    assert (tmp_path / "coco" / "photo.jpg").read_text() == "x"
+
+
+def test_overwriting_removes_pairs_before_their_collages(tmp_path):
+    cfg = BuildConfig(out=str(tmp_path / "p.jsonl"))
+    mia_dpo.open_folder(cfg, tmp_path / "p")
+    (tmp_path / "p.jsonl").write_text("old\n")
+    mia_dpo.open_folder(dataclasses.replace(cfg, overwrite=True, seed=1), tmp_path / "p")
+    assert not (tmp_path / "p.jsonl").exists()
+    mia_dpo.open_folder(dataclasses.replace(cfg, seed=1), tmp_path / "p")  # interrupted then: the same command goes on
+
+
+def test_an_empty_answer_has_a_ratio_too():
+    model, inputs = families.model("LLaVA"), batch(prompts("LLaVA"))
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[False] * 3, [True, False, False]])
+    with torch.no_grad():
+        attention, perplexity = mia_dpo.look(model, inputs, ids, mask, 1, 1, NONE)
+        first, _ = mia_dpo.look(model, inputs, ids, torch.tensor([[True, False, False]] * 2), 1, 1, NONE)
+    assert torch.equal(attention, first) and perplexity.isfinite().all() and (attention.sum(1) > 0).all()
 
 
 def test_two_processes_build_what_one_builds(built, single, llava_dir, tmp_path):
@@ -653,7 +709,7 @@ def train_command(pairs, model, out, *flags) -> list[str]:
 
 def test_training_raises_the_margin_and_writes_what_it_promises(built, llava_dir, tmp_path):
     out = tmp_path / "dpo"
-    mia_dpo.main(train_command(built, llava_dir, out, "--steps", "12", "--report_to", "tensorboard"))
+    mia_dpo.main(train_command(built, llava_dir, out, "--steps", "12"))
     rows = rows_of(out / "metrics.jsonl")
     assert (
         len(rows) == 12
@@ -742,6 +798,15 @@ def test_bad_pairs_are_named(line, said, tmp_path):
     with pytest.raises(DataError, match="line 1") as error:
         mia_dpo.read_pairs(tmp_path / "pairs.jsonl")
     assert said in str(error.value)
+
+
+def test_pairs_may_count_from_zero_and_lose_an_image_where_that_is_allowed(tmp_path):
+    row = {"id": 0, "image": "gone.png", "prompt": "what?", "chosen": "a", "rejected": "b"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    (example,) = mia_dpo.read_pairs(tmp_path / "pairs.jsonl", skip_bad_images=True)
+    assert example.id == "0" and example.solution == ("a", "b")
+    with pytest.raises(DataError, match="no such image"):
+        mia_dpo.read_pairs(tmp_path / "pairs.jsonl")
 
 
 def test_an_empty_file_of_pairs_says_why(tmp_path):
