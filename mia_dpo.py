@@ -308,8 +308,9 @@ def look(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Where the model looks while it gives its answers, and how sure it is of them.
 
-    ids [B * G, C]: answers to B prompts; mask: which of the tokens count (of an empty answer the first). Returns the attention to each token of the
-    prompt, [B * G, P], averaged over heads and over the positions that predict the answer, and the perplexity [B * G]:
+    ids [B * G, C]: answers to B prompts; mask: which of the tokens count (of an empty answer the first). Returns the attention
+    to each token of the prompt, [B * G, P], averaged over heads and over the positions that predict the answer, and the
+    perplexity [B * G]:
     exp of the mean negative log-probability of the most probable token at each of them, the published definition.
     """
     length = inputs["input_ids"].shape[1]
