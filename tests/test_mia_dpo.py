@@ -267,6 +267,16 @@ class Patchwork:
         return {"input_ids": torch.full((1, sum(w * h // 784 for w, h in (image.size for image in images))), 7)}
 
 
+def test_images_are_compared_by_token_and_regions_by_sum():
+    """Four tokens of 0.1 and two of 0.3: their means are as 1 to 3, their sums as 2 to 3."""
+    attention, parts = (
+        torch.tensor([0.1] * 4 + [0.3] * 2),
+        torch.tensor([[True] * 4 + [False] * 2, [False] * 4 + [True] * 2]),
+    )
+    assert mia_dpo.attention_shares(attention, parts, mean=True).tolist() == pytest.approx([0.25, 0.75])
+    assert mia_dpo.attention_shares(attention, parts, mean=False).tolist() == pytest.approx([0.4, 0.6])
+
+
 def test_images_of_different_sizes_are_told_apart(tmp_path):
     sizes = [(280, 140), (56, 56), (140, 280)]
     for i, size in enumerate(sizes):
