@@ -199,11 +199,12 @@ def test_the_ratio_of_a_picture_in_picture_is_the_planted_one(single, llava_dir,
     assert record["shares"] == pytest.approx([0.5, 0.5], abs=1e-4) and record["target"] == 0
 
 
-def test_the_center_is_the_published_16_of_24_tokens():
-    center, around = mia_dpo.regions(LAYOUTS["pip"], 24, 24)
-    expected = torch.zeros(24, 24, dtype=torch.bool)
-    expected[4:20, 4:20] = True
-    assert torch.equal(center.view(24, 24), expected) and torch.equal(around, ~center)
+@pytest.mark.parametrize("side", [24, 30])
+def test_the_center_is_the_published_16_of_24_tokens(side):
+    center, around = mia_dpo.regions(LAYOUTS["pip"], side, side)
+    expected = torch.zeros(side, side, dtype=torch.bool)
+    expected[side // 6 : side * 5 // 6, side // 6 : side * 5 // 6] = True
+    assert torch.equal(center.view(side, side), expected) and torch.equal(around, ~center)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name.startswith("grid")])
