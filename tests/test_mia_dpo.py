@@ -758,6 +758,14 @@ def test_the_logged_numbers_are_those_of_each_answer_alone(built, llava_dir, tmp
         assert row["loss"] == pytest.approx(math.log(2) + 0.5 * -logps[0] / chosen, abs=1e-3)
 
 
+def test_gradients_do_not_depend_on_micro_batches_of_pairs(built, llava_dir, tmp_path):
+    norms = []
+    for size in ("1", "3", "4"):
+        mia_dpo.main(train_command(built, llava_dir, tmp_path / size, "--steps", "1", "--prompts_per_forward", size))
+        norms.append(rows_of(tmp_path / size / "metrics.jsonl")[0]["grad_norm"])
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
 def weights_of(out) -> dict[str, torch.Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
