@@ -122,9 +122,8 @@ class CommonPromptLayer(DynamicLayer):
         for x, states in zip(self.memory, (key_states, value_states)):
             x[:, :, old:new] = states
         self.keys, self.values = (x[:, :, :new] for x in self.memory)
-        self.keys.layer = weakref.proxy(
-            self
-        )  # no cycle, which would keep caches in memory; for `attend`, which is given nothing but these tensors
+        # For `attend`, which is given nothing but these tensors; weakly, or the cycle would keep caches in memory.
+        self.keys.layer = weakref.proxy(self)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
