@@ -461,7 +461,7 @@ LVIS_LAYOUT = """An LVIS folder (v0.5 or v1) looks like this; its images are COC
 
 def read_coco(data: str, split: str, choice: Choice = Choice()) -> tuple[list[Example], list[str]]:
     """Read a folder of COCO_LAYOUT, the annotation file and the image folder being those of the split."""
-    file, table, paths = _coco_file(Path(data), "instances", split, ("images", "annotations", "categories"))
+    file, table, paths = _coco_file(Path(data), "instances", split, DETECTION_KEYS)
     return detection_examples(file, table, paths, split, choice)
 
 
@@ -503,7 +503,7 @@ def read_lvis(data: str, split: str, choice: Choice = Choice()) -> tuple[list[Ex
     """
     root = Path(data)
     file = _annotation_file(root, f"lvis*_{split}*.json", LVIS_LAYOUT)
-    table = _annotation_table(file)
+    table = _annotation_table(file, DETECTION_KEYS)
     for row, record in enumerate(table["categories"]):
         record["name"] = plain_name(_field(file, "categories", row, record, "name"))
     base = _first_folder(root, ("train2017", "val2017", "images/train2017", "images/val2017"), LVIS_LAYOUT).parent
@@ -521,7 +521,10 @@ def _annotation_file(root: Path, pattern: str, layout: str) -> Path:
     return found[0]
 
 
-def _annotation_table(file: Path, keys: Sequence[str] = ("images", "annotations", "categories")) -> dict[str, list]:
+DETECTION_KEYS = ("images", "annotations", "categories")
+
+
+def _annotation_table(file: Path, keys: Sequence[str]) -> dict[str, list]:
     table = _read_json(file)
     for key in keys:
         if not isinstance(table, dict) or not isinstance(table.get(key), list):

@@ -41,8 +41,7 @@ import random
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -292,17 +291,6 @@ class Attending:
         return out
 
 
-@contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Attention by matrices that can be looked at; fused kernels never form them."""
-    usual = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(usual)
-
-
 def look(
     model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, group_size: int, layer: int | None, forbidden: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -319,7 +307,7 @@ def look(
     # The prompt's last token predicts the first of the answer, so it belongs to what is looked at.
     prefix = virft.fork(virft.prefill(model, inputs | {name: x[:, :-1] for name, x in sequences.items()}), rows)
     attending = Attending(model)
-    with eager_attention(model):
+    with models.attention_by(model, "eager"):  # by matrices that can be looked at; fused kernels never form them
         logits = virft.branch(attending, prefix, torch.cat([inputs["input_ids"][rows, -1:], ids[:, :-1]], 1))
     layer = len(attending.attentions) // 2 if layer is None else layer
     seen = attending.attentions[layer] if layer < len(attending.attentions) else None
@@ -471,17 +459,16 @@ CAPTIONS = replace(TASKS["rows"], name="captions", read=data.read_captions)
 
 
 def single_image_question(
-    task: Task, example: Example, frame: tuple[int, int], fit: data.Fit, coordinates: str
+    task: Task, example: Example, seen_size: tuple[int, int], coordinates: str
 ) -> tuple[str, str]:
     """What is asked about an example and the right answer, as text, in the form that the question asks for.
 
-    frame: (width, height) in original pixels of the picture whose coordinates the question speaks.
+    seen_size: (width, height) of the picture as the model sees it.
     """
-    asked = replace(example, size=frame) if task.boxes else example
-    question, target = task.question(asked, fit.size(*frame), coordinates, think=False)
+    question, target = task.question(example, seen_size, coordinates, think=False)
     if "<answer>" in question:
-        return question, data.model_answer(task, asked, target, think="<think>" in question)
-    return question, task.answer(data.model_solution(asked, target))
+        return question, data.model_answer(task, example, target, think="<think>" in question)
+    return question, task.answer(data.model_solution(example, target))
 
 
 class Question(NamedTuple):
@@ -535,9 +522,11 @@ class Questions(Dataset):
             else:
                 sheet, placed = picture_in_picture(*pictures)
             images, frame = (self.write(sheet, str(i)),), sheet.size
-        moved = replace(example, solution=data.map_boxes(example.solution, lambda box: place_box(box, size, placed)))
         task, fit, coordinates = (getattr(self.prompts, part) for part in ("task", "fit", "coordinates"))
-        asked, answer = single_image_question(task, moved if task.boxes else example, frame, fit, coordinates)
+        if task.boxes:
+            boxes = data.map_boxes(example.solution, lambda box: place_box(box, size, placed))
+            example = replace(example, solution=boxes, size=frame)
+        asked, answer = single_image_question(task, example, fit.size(*frame), coordinates)
         prompt = multi_image_prompt(layout, pointing(layout, target, rng), asked)
         composed = Example(f"{name}/{i}", images, None, answer, example.category, question=prompt)
         return Question(composed, name, target)
@@ -892,7 +881,7 @@ def parse_train(argv: list[str]) -> TrainConfig:
         ("gamma", cfg.gamma >= 0, "0 or more"),
         ("epochs", cfg.epochs > 0, "above 0"),
         ("steps", cfg.steps >= 0, "0 (by --epochs) or more"),
-        *virft.training_rules(cfg),
+        *virft.training_rules(cfg, virft.launched()),
         *virft.out_rules(cfg, "model", "pairs", may_exist=cfg.overwrite or cfg.resume),
     ])  # fmt: skip
     return cfg

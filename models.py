@@ -168,6 +168,18 @@ AttentionMaskInterface.register("common_prompt", sdpa_mask)
 
 
 @contextlib.contextmanager
+def attention_by(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Let the language model attend by another of transformers' implementations for a while."""
+    config = language_model(model).config
+    usual = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+@contextlib.contextmanager
 def prompts_in_common(model: nn.Module, cache: Any, crosses: bool) -> Iterator[None]:
     """While tokens are sampled, let completions read the keys and values of their prompts in `cache` from one place.
 
@@ -175,23 +187,15 @@ def prompts_in_common(model: nn.Module, cache: Any, crosses: bool) -> Iterator[N
     stays as it is: copies.
     """
     text = language_model(model)
-    usual = text.config._attn_implementation
-    fused = usual == "sdpa" or usual.startswith("flash_attention")
-    if (
-        crosses
-        or not fused
-        or not text._supports_attention_backend
-        or any(type(x) is not DynamicLayer for x in cache.layers)
-    ):
+    fused = text.config._attn_implementation.startswith(("sdpa", "flash_attention"))
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    if crosses or not fused or not plain or not text._supports_attention_backend:
         yield
         return
     for layer in cache.layers:
         CommonPromptLayer.take_over(layer)
-    text.config._attn_implementation = "common_prompt"
-    try:
+    with attention_by(model, "common_prompt"):
         yield
-    finally:
-        text.config._attn_implementation = usual
 
 
 # ------------------------------------------------------------------------------------------------

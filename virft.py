@@ -243,10 +243,9 @@ def sample(
                 token = logp.argmax(-1)
             else:
                 # The inverse of the cumulative distribution, in float64: float32 sums over 150,000 tokens lose the rare.
+                # right=True, or noise that is 0 would take a first token of probability 0.
                 cdf = logp.double().exp().cumsum(-1)
-                token = torch.searchsorted(cdf, noise[going, t, None] * cdf[:, -1:], right=True).squeeze(
-                    1
-                )  # never p = 0
+                token = torch.searchsorted(cdf, noise[going, t, None] * cdf[:, -1:], right=True).squeeze(1)
             ids[going, t] = token
             on = (~torch.isin(token, eos)).nonzero().squeeze(1)
             if t + 1 == max_tokens or len(on) == 0:
@@ -562,6 +561,11 @@ def obey(cfg: Any, rules: Iterable[Rule]) -> None:
             raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
 
 
+def launched() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def at_least_1(cfg: Any, *flags: str) -> list[Rule]:
     return [(flag, getattr(cfg, flag) >= 1, "at least 1") for flag in flags]
 
@@ -576,12 +580,11 @@ def out_rules(cfg: Any, *used: str, may_exist: bool) -> list[Rule]:
     ]
 
 
-def training_rules(cfg: Any) -> list[Rule]:
-    """What any method of training asks of its flags."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+def training_rules(cfg: Any, processes: int) -> list[Rule]:
+    """What any method of training asks of its flags, on so many processes."""
     return [
         *at_least_1(cfg, "prompts_per_step", "prompts_per_forward", "keep_last"),
-        ("prompts_per_step", cfg.prompts_per_step % world == 0, f"a multiple of the {world} processes"),
+        ("prompts_per_step", cfg.prompts_per_step % processes == 0, f"a multiple of the {processes} processes"),
         ("lr", cfg.lr > 0, "above 0"),
         ("lora_rank", cfg.lora_rank >= 0, "0 (all weights) or a rank"),
         ("lora_rank", not (cfg.lora_rank and cfg.shard), "0 with --shard: adapters are small enough to be copied"),
@@ -610,7 +613,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         ("iou_threshold", 0 <= cfg.iou_threshold < 1, "at least 0 and below 1"),
         ("shots", cfg.shots is None or cfg.shots >= 1, "at least 1"),
         ("resume", not (cfg.resume and evaluates), "without --eval_only and --ask"),
-        *([] if evaluates else training_rules(cfg)),
+        *training_rules(cfg, 1 if evaluates else launched()),  # an evaluation shares out whatever there is
     ])  # fmt: skip
     if not cfg.ask:
         may_exist = cfg.check or cfg.overwrite or cfg.resume or evaluate.unfinished(Path(cfg.out), asdict(cfg))
@@ -745,10 +748,9 @@ def make_accelerator(out: str, report_to: Sequence[str] = (), shard: bool = Fals
         cpu=not torch.cuda.is_available(), mixed_precision="no", log_with=report_to or None, project_dir=out,
         kwargs_handlers=[ddp],
     )  # fmt: skip
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
+    if accelerator.num_processes != launched():
         raise SystemExit(
-            f"{launched} processes were launched, accelerate sees {accelerator.num_processes}: each would train alone"
+            f"{launched()} processes were launched, accelerate sees {accelerator.num_processes}: each would train alone"
         )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise SystemExit(f"{accelerator.distributed_type.value} is not supported: launch without it; see --shard")
@@ -832,9 +834,9 @@ def describe_steps(run: Run, group_size: int, what: str) -> str:
     each = cfg.prompts_per_step // n
     assert each * n == cfg.prompts_per_step
     return (
-        f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, in {math.ceil(each / cfg.prompts_per_forward)} micro-batches "
-        f"of up to {cfg.prompts_per_forward}; x {group_size} {what} = {cfg.prompts_per_step * group_size} a step; {cfg.steps} steps are {cfg.steps * cfg.prompts_per_step / examples:.2f} epochs of {examples} "
-        "examples"
+        f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, in {math.ceil(each / cfg.prompts_per_forward)} "
+        f"micro-batches of up to {cfg.prompts_per_forward}; x {group_size} {what} = {cfg.prompts_per_step * group_size} a step; "
+        f"{cfg.steps} steps are {cfg.steps * cfg.prompts_per_step / examples:.2f} epochs of {examples} examples"
     )
 
 

@@ -334,3 +334,24 @@ def test_changes_are_paired_and_tested(tmp_path):
         ]
         (tmp_path / name / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert report.changes(tmp_path / "before", tmp_path / "after")["count"] == (1, 3, 0.625)
+
+
+def test_the_report_of_mia_dpo_compares_the_two_selections(tmp_path, capsys):
+    scores = {"before": (0.5, 1.0), "random": (0.75, 0.9), "attention": (0.8, 0.95)}
+    for column, values in scores.items():
+        for kind, accuracy in zip(("several", "single"), values):
+            folder = tmp_path / column / kind
+            folder.mkdir(parents=True)
+            (folder / "scores.json").write_text(json.dumps({"accuracy": accuracy}))
+            (folder / "config.json").write_text(json.dumps({"task": "rows"}))
+    for column, pairs in (("random", 3), ("attention", 2)):
+        (tmp_path / f"{column}.jsonl").write_text("{}\n" * pairs)
+    report.report_mia_dpo(tmp_path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["before", "random", "attention"]
+    assert [line[-3:] for line in lines[2:5]] == [
+        ["0.500", "0.750", "0.800"],
+        ["1.000", "0.900", "0.950"],
+        ["0", "3", "2"],
+    ]
+    assert json.loads((tmp_path / "summary.json").read_text())["pairs"] == [0, 3, 2]

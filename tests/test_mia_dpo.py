@@ -115,9 +115,6 @@ class Planted(nn.Module):
     def get_input_embeddings(self):
         return self.embedding
 
-    def set_attn_implementation(self, name: str) -> None:
-        self.config._attn_implementation = name
-
     def forward(self, input_ids, past_key_values=None, output_attentions=False, **other):
         rows, n = input_ids.shape
         cache = DynamicCache() if past_key_values is None else past_key_values
@@ -468,13 +465,13 @@ def test_boxes_are_asked_for_in_the_coordinates_of_what_is_shown(shapes_dir, tmp
 
 
 def test_the_form_of_the_answer_is_the_one_that_the_question_asks_for(single):
-    ask, fit = mia_dpo.single_image_question, data.Fit(28, 784, 10**6)
+    ask = mia_dpo.single_image_question
     example = Example("x", (), None, "cat", "cat", question="What animal?")
-    assert ask(data.TASKS["rows"], example, (100, 100), fit, "relative")[1] == "cat"
+    assert ask(data.TASKS["rows"], example, (100, 100), "relative")[1] == "cat"
     formal = dataclasses.replace(example, question="What animal? <answer>it</answer>")
-    assert ask(data.TASKS["rows"], formal, (100, 100), fit, "relative")[1] == "<answer>cat</answer>"
+    assert ask(data.TASKS["rows"], formal, (100, 100), "relative")[1] == "<answer>cat</answer>"
     thinking = dataclasses.replace(example, question="<think>...</think><answer>it</answer>")
-    assert ask(data.TASKS["rows"], thinking, (100, 100), fit, "relative")[1] == "<think></think><answer>cat</answer>"
+    assert ask(data.TASKS["rows"], thinking, (100, 100), "relative")[1] == "<think></think><answer>cat</answer>"
 
 
 @shared("coco_mini")
