@@ -399,6 +399,7 @@ WRONG = {
     "--steps 0": "at least 1",
     "--beta -1": "0 or more",
     "--coordinates inches": "auto, relative or pixels",
+    "--eval_only true --lr -1": "above 0",
     "--ask x.png": "--categories",
 }
 

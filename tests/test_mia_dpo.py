@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -866,6 +867,15 @@ def test_help_documents_every_flag():
             [sys.executable, "mia_dpo.py", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert all(f"--{field.name}" in done.stdout and field.metadata["help"] for field in dataclasses.fields(config))
+
+
+def test_every_setting_is_read():
+    """As cfg.NAME here or in what virft.py does for any method, or by its name where several go to the reader."""
+    ours, theirs = (ROOT / "mia_dpo.py").read_text(), (ROOT / "virft.py").read_text()
+    reader = re.search(r"getattr\(cfg, name\) for name in \(([^)]*)\)", ours)[1]
+    for config, source in ((mia_dpo.BuildConfig, ours), (mia_dpo.TrainConfig, ours + theirs)):
+        for field in dataclasses.fields(config):
+            assert re.search(rf"\bcfg\.{field.name}\b", source) or f'"{field.name}"' in reader, field.name
 
 
 def test_multi_image_prompts_train_under_virft(single, llava_dir, tmp_path):
