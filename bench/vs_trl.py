@@ -1,14 +1,14 @@
 """Seconds and memory per optimizer step against TRL's GRPOTrainer with its plain generation, on CPU.
 
     pip install trl==1.16.0
-    python bench/vs_trl.py                                        # (224 px, 48 tokens, G 8) and (336 px, 64, G 8)
-    python bench/vs_trl.py --cases 336,256,8 336,512,8 --rounds 1
-    python bench/vs_trl.py --sides virft.py --cases 336,64,4 336,64,16    # growth with G; needs no TRL
+    python bench/vs_trl.py                                        # 224 px, 48 tokens; 336 px, 64; G 8; 1 and 16 prompts a step
+    python bench/vs_trl.py --cases 336,256,8,1 336,512,8,1 --rounds 1
+    python bench/vs_trl.py --sides virft.py --cases 336,64,4,1 336,64,16,1    # growth with G; needs no TRL
     python bench/vs_trl.py --losses                               # both losses on the same log-probabilities
 
-A case is IMAGE_SIDE,COMPLETION_TOKENS,G. Both sides train the same LLaVA-class model of random weights (text of 6 layers,
+A case is IMAGE_SIDE,COMPLETION_TOKENS,G,PROMPTS_A_STEP. Both sides train the same LLaVA-class model of random weights (text of 6 layers,
 width 256, 4 heads, MLP 1024; SigLIP tower of the same depth and width, patch 14) on the same pictures and questions,
-one prompt a step, beta 0.04, float32, AdamW, no EOS, so that every completion has the same length. "repeated" is our
+one prompt a forward, beta 0.04, float32, AdamW, no EOS, so that every completion has the same length. "repeated" is our
 own loop with the prompt repeated for every completion. Sides alternate, each time in a fresh process, whose peak
 memory is taken over what was resident before the first step; the first step is warm-up.
 """
@@ -30,7 +30,6 @@ os.environ["HF_HUB_OFFLINE"], os.environ["TOKENIZERS_PARALLELISM"] = "1", "false
 
 import torch  # noqa: E402
 from transformers import (  # noqa: E402
-    AutoModelForImageTextToText,
     AutoProcessor,
     LlamaConfig,
     LlavaConfig,
@@ -41,10 +40,12 @@ from transformers import (  # noqa: E402
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
 
 import data  # noqa: E402
+import models  # noqa: E402
 import virft  # noqa: E402
 from demo import shapes, warm_start  # noqa: E402
 
 PATCH = 14
+CASE = "IMAGE_SIDE,COMPLETION_TOKENS,G,PROMPTS_A_STEP"
 SIDES = ("virft.py", "repeated", "TRL")
 
 
@@ -73,8 +74,17 @@ def reward(text: str, *_, **__) -> float:
     return sum(map(ord, text[:200])) % 8
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+class Meter:
+    """What a process needs of the machine from the first step on, of which `warm` says that it is over."""
+
+    def __init__(self):
+        self.before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def warm(self) -> None:
+        pass
+
+    def read(self) -> dict[str, float]:
+        return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.before}
 
 
 def repeat_prompts(G: int) -> None:
@@ -84,9 +94,9 @@ def repeat_prompts(G: int) -> None:
     virft.fork = lambda prefix, rows: prefix
 
 
-def ours(folder: Path, C: int, G: int, steps: int, repeated: bool) -> dict:
-    flags = {
-        "data": folder / "data", "model": folder / "model", "out": folder / "run", "overwrite": "true", "steps": steps + 1, "prompts_per_step": 1,
+def ours(folder: Path, C: int, G: int, prompts: int, steps: int, repeated: bool, meter: type[Meter], **more) -> dict:
+    flags = more | {
+        "data": folder / "data", "model": folder / "model", "out": folder / "run", "overwrite": "true", "steps": steps + 1, "prompts_per_step": prompts,
         "group_size": G, "max_completion_tokens": C, "beta": 0.04, "lr": 1e-6, "workers": 0,
     }  # fmt: skip
     run = virft.start(virft.parse_config([part for n, v in flags.items() for part in (f"--{n}", str(v))]))
@@ -94,72 +104,80 @@ def ours(folder: Path, C: int, G: int, steps: int, repeated: bool) -> dict:
     run.rewards = {"any": (reward, 1.0)}
     if repeated:
         repeat_prompts(G)
-    before, seconds, phases = resident(), [], []
+    meter, seconds, phases = meter(), [], []
     stream = iter(virft.prompt_stream(run, 0))
     for step in range(1, steps + 2):
         start = time.perf_counter()
         run.seconds.clear()
-        prompts = data.whole(next(stream))
-        ro = virft.rollout(run, prompts, step)
+        ro = virft.rollout(run, data.whole(next(stream)), step)
         virft.update(run, ro, virft.Averages())
         seconds.append(time.perf_counter() - start)
         phases.append(dict(run.seconds))
-        assert ro.ids.shape == (G, C)
+        assert ro.ids.shape == (prompts * G, C)
+        if step == 1:
+            meter.warm()
     return {
-        "seconds": seconds[1:], "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
-        "phases": {n: statistics.median(p[n] for p in phases[1:]) for n in phases[0]},
-        "prompt": prompts[0].inputs["input_ids"].shape[1],
+        "seconds": seconds[1:], **meter.read(), "phases": {n: statistics.median(p[n] for p in phases[1:]) for n in phases[0]},
+        "prompt": ro.prompts[0].inputs["input_ids"].shape[1],
     }  # fmt: skip
 
 
-def make_trainer(folder: Path, C: int, G: int, steps: int, beta: float = 0.04, **settings):
+def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, pixels: dict[str, int] = {}, **settings):
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
-    processor = AutoProcessor.from_pretrained(folder / "model")
+    processor, gpu = AutoProcessor.from_pretrained(folder / "model", **pixels), torch.cuda.is_available()
+    model = models.load_model(str(folder / "model"), None, torch.float32, torch.device("cuda" if gpu else "cpu"))
+    eos, forbidden = models.special_tokens(model, processor)
     examples, _ = data.read_coco(str(folder / "data"), "train")
     rows = [
         {
             "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": warm_start.prompt(e.category)}]}],
             "image": data.open_image(e.images[0]),
         }
-        for e in examples[: steps + 1]
+        for e in examples[: prompts * (steps + 1)]
     ]  # fmt: skip
     config = GRPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, per_device_train_batch_size=G, num_generations=G,
-        gradient_accumulation_steps=1, max_completion_length=C, beta=beta, learning_rate=1e-6, max_steps=steps + 1,
+        output_dir=str(folder / "trl"), use_cpu=not gpu, bf16=gpu, per_device_train_batch_size=G, num_generations=G,
+        gradient_accumulation_steps=prompts, max_completion_length=C, beta=0.04, learning_rate=1e-6, max_steps=steps + 1,
         loss_type="grpo", temperature=1.0, gradient_checkpointing=False, optim="adamw_torch_fused", report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, generation_kwargs={"suppress_tokens": [processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<image>")]},
+        logging_strategy="no", disable_tqdm=True, generation_kwargs={"suppress_tokens": eos + forbidden},
         **settings,
     )  # fmt: skip
 
     def any_reward(completions, **_) -> list[float]:
         return [reward(str(completion)) for completion in completions]
 
-    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
     return GRPOTrainer(model, any_reward, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor)  # fmt: skip
 
 
-def theirs(folder: Path, C: int, G: int, steps: int) -> dict:
+def theirs(folder: Path, C: int, G: int, prompts: int, steps: int, meter: type[Meter], **pixels: int) -> dict:
     from transformers import TrainerCallback
 
-    trainer = make_trainer(folder, C, G, steps)
-    times, lengths, phases, prompts = [], [], [], []
+    trainer = make_trainer(folder, C, G, prompts, steps, pixels)
+    times, lengths, phases, widths = [], [], [], []
+
+    def now() -> float:
+        if torch.cuda.is_available():  # GPUs work behind the clock
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            times.append(time.perf_counter())
+            times.append(now())
 
         def on_step_end(self, *_, **__):
-            times.append(time.perf_counter())
+            times.append(now())
+            if len(times) == 2:
+                meter.warm()
 
     def timed(name: str) -> None:
         plain = getattr(trainer, name)
 
         def wrapped(*args, **kwargs):
-            start = time.perf_counter()
+            start = now()
             result = plain(*args, **kwargs)
-            phases.append((name, time.perf_counter() - start))
+            phases.append((name, now() - start))
             return result
 
         setattr(trainer, name, wrapped)
@@ -170,21 +188,21 @@ def theirs(folder: Path, C: int, G: int, steps: int) -> dict:
 
     def compute_loss(model, inputs):
         lengths.append(inputs["completion_mask"].sum(1).tolist())
-        prompts.append(inputs["prompt_ids"].shape[1])
+        widths.append(inputs["prompt_ids"].shape[1])
         return plain_loss(model, inputs)
 
     trainer._compute_loss = compute_loss
     trainer.add_callback(Clock())
-    before = resident()
+    meter = meter()
     trainer.train()
-    assert all(n == C for row in lengths for n in row), lengths
+    assert lengths == [[C] * G] * (prompts * (steps + 1)), lengths
     seconds = [b - a for a, b in zip(times[1:], times[2:])]
     median = {name: statistics.median([s for n, s in phases if n == name][1:]) for name in dict(phases)}
     scoring = median["_generate_and_score_completions"]
     return {
-        "seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "seconds": seconds, **meter.read(),
         "phases": {"sample": median["_generate"], "reference": scoring - median["_generate"], "train": statistics.median(seconds) - scoring},
-        "prompt": prompts[0],
+        "prompt": widths[0],
     }  # fmt: skip
 
 
@@ -197,7 +215,7 @@ def compare_losses(folder: Path) -> None:
     mask = torch.arange(C) < torch.tensor([[16], [9], [1], [12]])
     advantages = virft.group_advantages(torch.rand(1, G, generator=generator)).flatten()
     for loss in ("grpo", "dr_grpo", "dapo"):
-        trainer = make_trainer(folder, C, G, 1, use_bias_correction_kl=False)
+        trainer = make_trainer(folder, C, G, 1, 1, use_bias_correction_kl=False)
         trainer.loss_type = loss
         trainer.current_gradient_accumulation_steps = 1
         trainer.model.train()
@@ -214,11 +232,10 @@ def compare_losses(folder: Path) -> None:
         assert abs(us - them) < 1e-5
 
 
-def measure(side: str, case: str, folder: Path, steps: int) -> dict:
-    """One side in a process of its own."""
-    argv = ["--side", side, "--cases", case, "--steps", str(steps), "--folder", str(folder)]
-    command = [sys.executable, __file__, *argv]
-    done = subprocess.run(command, capture_output=True, text=True)
+def in_a_process(script: str, *argv, **environment: str) -> dict:
+    """What one side measures in a process of its own."""
+    command = [sys.executable, script, *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -227,12 +244,12 @@ def measure(side: str, case: str, folder: Path, steps: int) -> dict:
 def prepare(folder: Path, side: int) -> Path:
     folder = folder / str(side)
     if not folder.exists():
-        shapes.write_split(folder / "data", "train", 12, seed=0)
+        shapes.write_split(folder / "data", "train", 40, seed=0)
         write_model(folder / "model", side)
     return folder
 
 
-def table_rows(rounds: list[dict], C: int, G: int) -> str:
+def table_rows(rounds: list[dict], C: int, G: int, prompts: int) -> str:
     """Medians over rounds of medians over steps; a ratio of times is the median of the rounds' own ratios."""
     lines = []
     seconds = {s: [statistics.median(r[s]["seconds"]) for r in rounds] for s in rounds[0]}
@@ -240,7 +257,7 @@ def table_rows(rounds: list[dict], C: int, G: int) -> str:
     for side in rounds[0]:
         phases = [statistics.median(r[side]["phases"][p] for r in rounds) for p in ("sample", "reference", "train")]
         cells = [
-            f"{rounds[0][side]['prompt']}, {C}, {G}",
+            f"{rounds[0][side]['prompt']}, {C}, {G}, {prompts}",
             side,
             *(f"{s:.2f}" for s in (statistics.median(seconds[side]), *phases, peak[side] / 1e9)),
         ]
@@ -253,7 +270,7 @@ def table_rows(rounds: list[dict], C: int, G: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["224,48,8", "336,64,8"], help="IMAGE_SIDE,COMPLETION_TOKENS,G")
+    parser.add_argument("--cases", nargs="+", default=["224,48,8,1", "224,48,8,16", "336,64,8,1", "336,64,8,16"], help=CASE)
     parser.add_argument("--rounds", type=int, default=3, help="alternations")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--losses", action="store_true")
@@ -262,12 +279,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        side, C, G = map(int, args.cases[0].split(","))
+        side, *sizes = map(int, args.cases[0].split(","))
         folder = prepare(args.folder, side)
         if args.side == "TRL":
-            result = theirs(folder, C, G, args.steps)
+            result = theirs(folder, *sizes, args.steps, Meter)
         else:
-            result = ours(folder, C, G, args.steps, args.side == "repeated")
+            result = ours(folder, *sizes, args.steps, args.side == "repeated", Meter)
         print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -275,14 +292,18 @@ def main() -> None:
         if args.losses:
             return compare_losses(prepare(folder, 224))
         print(
-            "| prompt, completion, G | | s / step | sample | reference | train | peak GB | TRL / this: time | this / TRL: memory |"
+            "| prompt, completion, G, prompts | | s / step | sample | reference | train | peak GB | TRL / this: time | this / TRL: memory |"
         )
         print("|---|---|---|---|---|---|---|---|---|")
         for case in args.cases:
-            side, C, G = map(int, case.split(","))
+            side, *sizes = map(int, case.split(","))
             prepare(folder, side)
-            rounds = [{s: measure(s, case, folder, args.steps) for s in args.sides} for _ in range(args.rounds)]
-            print(table_rows(rounds, C, G), flush=True)
+            argv = ("--cases", case, "--steps", args.steps, "--folder", folder)
+            rounds = [
+                {side: in_a_process(__file__, "--side", side, *argv, CUDA_VISIBLE_DEVICES="") for side in args.sides}
+                for _ in range(args.rounds)
+            ]
+            print(table_rows(rounds, *sizes), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""Seconds, tokens per second, busy share and memory of real model sizes on one GPU, against TRL's GRPOTrainer.
+
+    pip install trl==1.16.0 torchvision                        # torchvision: Qwen-VL's processor
+    python bench/gpu.py                                        # both shapes, 256 tokens, G 8, four prompts a step
+    python bench/gpu.py --sides virft.py --cases 256,8,1 256,8,4 512,8,4        # needs no TRL
+
+A case is COMPLETION_TOKENS,G,PROMPTS_A_STEP. The models have the sizes of Qwen2-VL-2B and Qwen2.5-VL-3B and random weights, so
+nothing is downloaded; pictures are enlarged to 529 image tokens. Float32 weights under bf16 autocast on both sides, the same
+attention (flash-attn where it is installed, otherwise SDPA), beta 0.04, no EOS, one prompt a forward. Sides alternate
+as in bench/vs_trl.py, whose loops these are. "busy" is the share of time at which the GPU computed anything,
+as nvidia-smi sees it; "peak" all that torch had allocated.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from bench import vs_trl  # noqa: E402
+from demo import shapes, warm_start  # noqa: E402
+
+PIXELS = {"min_pixels": 380_000, "max_pixels": 430_000}  # small pictures become 23 x 23 tokens of 28 x 28 pixels
+TEXT = {
+    "vocab_size": 151_936, "num_key_value_heads": 2, "max_position_embeddings": 32_768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}  # fmt: skip
+VISION = {"depth": 32, "num_heads": 16}
+SPECIAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+CHAT_TEMPLATE = warm_start.CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def qwen2_vl_2b(**special: int):
+    text = TEXT | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    vision = VISION | {"embed_dim": 1280, "hidden_size": 1536, "mlp_ratio": 4}
+    return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
+
+
+def qwen2_5_vl_3b(**special: int):
+    text = TEXT | {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    vision = VISION | {
+        "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+    }  # fmt: skip
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
+
+
+SHAPES = {"Qwen2-VL-2B": qwen2_vl_2b, "Qwen2.5-VL-3B": qwen2_5_vl_3b}
+PROCESSORS = {"Qwen2-VL-2B": "Qwen2VLProcessor", "Qwen2.5-VL-3B": "Qwen2_5_VLProcessor"}
+
+
+def make_tokenizer():
+    """The demo's, with Qwen-VL's names for images: most of the model's ids have no text, which no phase minds."""
+    tokenizer = warm_start.make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    tokenizer.image_token, tokenizer.video_token = SPECIAL[2:]
+    return tokenizer
+
+
+def special_ids(tokenizer) -> dict[str, int]:
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    return dict(zip(names, tokenizer.convert_tokens_to_ids(list(SPECIAL))))
+
+
+def make_processor(shape: str, tokenizer):
+    return getattr(transformers, PROCESSORS[shape])(
+        image_processor=transformers.Qwen2VLImageProcessor(), tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+def write_model(shape: str, folder: Path, device: str) -> None:
+    """A model folder as it would come from the hub: bf16, whole processor."""
+    tokenizer = make_tokenizer()
+    config = SHAPES[shape](**special_ids(tokenizer))
+    text = config.get_text_config()
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    make_processor(shape, tokenizer).save_pretrained(folder)
+
+
+class Meter:
+    """vs_trl.Meter for a GPU: what torch held at most, and how busy nvidia-smi saw the GPU after the first step."""
+
+    def warm(self) -> None:
+        query = ("nvidia-smi", f"--id={torch.cuda.get_device_properties(0).uuid}", "--query-gpu=utilization.gpu")
+        self.watch = subprocess.Popen([*query, "--format=csv,noheader,nounits", "-lms", "200"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+
+    def read(self) -> dict[str, float]:
+        self.watch.terminate()
+        seen = [float(line) for line in self.watch.communicate()[0].split()]
+        return {"peak": torch.cuda.max_memory_allocated(), "busy": statistics.mean(seen) / 100}
+
+
+def measure(side: str, case: str, steps: int, folder: Path, meter: type = Meter) -> dict:
+    sizes = [int(n) for n in case.split(",")]
+    if side == "TRL":
+        return vs_trl.theirs(folder, *sizes, steps, meter, **PIXELS)
+    return vs_trl.ours(folder, *sizes, steps, side == "repeated", meter, **PIXELS)
+
+
+def table_rows(shape: str, case: str, rounds: list[dict]) -> str:
+    """Medians over rounds; a ratio of times is the median of the rounds' own ratios."""
+    lines, (C, G, prompts) = [], map(int, case.split(","))
+    for side in rounds[0]:
+
+        def median(value) -> float:
+            return statistics.median(value(sides[side]) for sides in rounds)
+
+        phases = [median(lambda s: s["phases"][name]) for name in ("sample", "reference", "train")]
+        seconds = [median(lambda s: statistics.median(s["seconds"])), *phases]
+        cells = [shape, f"{rounds[0][side]['prompt']}, {C}, {G}, {prompts}", side, *(f"{s:.2f}" for s in seconds)]
+        cells += [f"{prompts * G * C / phases[0]:,.0f}", f"{median(lambda s: s['busy']):.0%}", f"{median(lambda s: s['peak']) / 1e9:.1f}"]  # fmt: skip
+        if "TRL" in rounds[0]:
+            ratio = [statistics.median(r["TRL"]["seconds"]) / statistics.median(r[side]["seconds"]) for r in rounds]
+            cells.append(f"{statistics.median(ratio):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--cases", nargs="+", default=["256,8,4"], help="COMPLETION_TOKENS,G,PROMPTS_A_STEP")
+    parser.add_argument("--rounds", type=int, default=2, help="alternations")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
+    parser.add_argument("--sides", nargs="+", choices=vs_trl.SIDES, default=vs_trl.SIDES)
+    parser.add_argument("--side", choices=vs_trl.SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench/gpu.py: torch sees no GPU here; bench/vs_trl.py compares on CPUs")
+    if args.side:
+        print(json.dumps(measure(args.side, args.cases[0], args.steps, args.folder)))
+        return
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
+    print("| model | prompt, completion, G, prompts | | s / step | sample | reference | train | sampled tokens / s | busy | peak GB | TRL / this: time |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            shapes.write_split(Path(folder) / "data", "train", 40, seed=0)
+            write_model(shape, Path(folder) / "model", "cuda")
+            for case in args.cases:
+                argv = ("--cases", case, "--steps", args.steps, "--folder", folder)
+                rounds = [
+                    {side: vs_trl.in_a_process(__file__, "--side", side, *argv) for side in args.sides}
+                    for _ in range(args.rounds)
+                ]
+                print(table_rows(shape, case, rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

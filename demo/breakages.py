@@ -1,0 +1,131 @@
+"""Four ways to break GRPO on purpose, on the demo, and what each does to the curve; needs a finished `bash run.sh`.
+
+    bash run.sh breakages                            # or: python demo/breakages.py --out runs/demo --seeds 0 1
+
+A breakage is one edited line in a copy of virft.py, or one flag, as the README's "Teach it" has them. Every copy is trained as the
+demo was. OUT/breakages.png shows the IoU reward of each beside the unbroken run, OUT/breakages/NAME/SEED all the rest.
+Finished runs are kept: the same command goes on behind them.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+from demo.controls import flags  # noqa: E402
+
+FILES = ("virft.py", "rewards.py", "data.py", "evaluate.py", "models.py")
+
+
+class Breakage(NamedTuple):
+    """What is changed: a line of virft.py (old and new text), flags, or both; against: the run that it is compared with."""
+
+    flags: dict
+    against: str = ""
+    old: str = ""
+    new: str = ""
+
+
+BREAKAGES = {
+    "unbroken": Breakage({}),
+    "unbroken, 4 inner epochs": Breakage({"inner_epochs": 4}),
+    "rewards shuffled": Breakage(
+        {},
+        against="unbroken",
+        old="centered = rewards - rewards.mean(1, keepdim=True)",
+        new="rewards = rewards[:, torch.randperm(rewards.shape[1])]; centered = rewards - rewards.mean(1, keepdim=True)",
+    ),
+    "clip inverted": Breakage(
+        {"inner_epochs": 4},
+        against="unbroken, 4 inner epochs",
+        old="loss = -torch.minimum(unclipped, clipped)",
+        new="loss = -torch.maximum(unclipped, clipped)",
+    ),
+    "G 2": Breakage({"group_size": 2}, against="unbroken"),
+    "beta far too large": Breakage({"beta": 10}, against="unbroken"),
+}
+
+
+def broken_copy(breakage: Breakage, folder: Path) -> Path:
+    """The project's files in `folder`, one line of virft.py edited; the copy of virft.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder)
+    text = (folder / "virft.py").read_text()
+    if breakage.old:
+        if text.count(breakage.old) != 1:
+            raise SystemExit(f"demo/breakages.py: virft.py does not have one line `{breakage.old}`")
+        (folder / "virft.py").write_text(text.replace(breakage.old, breakage.new))
+    return folder / "virft.py"
+
+
+def train(settings: dict, breakage: Breakage, folder: Path, seed: int) -> Path:
+    """Train once, unless that is done; the run's metrics.jsonl."""
+    run = folder / str(seed)
+    if not (run / "model").exists():
+        script = broken_copy(breakage, folder / "code")
+        argv = flags(settings, out=run, seed=seed, picture_every=0, **breakage.flags)
+        subprocess.run([sys.executable, script, *argv], check=True)
+    return run / "metrics.jsonl"
+
+
+def curve(metrics: Path, window: int = 20) -> np.ndarray:
+    values = [json.loads(line)["reward_iou"] for line in metrics.read_text().splitlines()]
+    width = min(window, len(values))
+    return np.convolve(values, np.ones(width) / width, "valid")
+
+
+def plot(runs: dict[str, list[Path]], path: Path) -> None:
+    """A panel per breakage: the broken runs before those that they are compared with."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    broken = [name for name in runs if BREAKAGES[name].against]
+    figure, axes = pyplot.subplots(1, len(broken), figsize=(3.6 * len(broken), 3.4), sharey=True, squeeze=False, constrained_layout=True)  # fmt: skip
+    for axis, name in zip(axes.flat, broken):
+        for which, color in ((BREAKAGES[name].against, "tab:gray"), (name, "tab:red")):
+            for i, metrics in enumerate(runs[which]):
+                axis.plot(curve(metrics), color=color, label=None if i else which, linewidth=1.2)
+        axis.set_xlabel("step (mean of 20)")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("reward_iou")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", choices=BREAKAGES, default=list(BREAKAGES))
+    args = parser.parse_args()
+    config = args.out / "train" / "config.json"
+    if not config.exists():
+        raise SystemExit(f"{args.out} holds no finished demo: run `bash run.sh` first")
+    settings, runs = json.loads(config.read_text()), {}
+    names = dict.fromkeys(n for name in args.only for n in (BREAKAGES[name].against or name, name))
+    for name in names:
+        folder = args.out / "breakages" / name.replace(", ", "_").replace(" ", "_")
+        runs[name] = [train(settings, BREAKAGES[name], folder, seed) for seed in args.seeds]
+    print("\nIoU reward, mean of the first and of the last 20 steps")
+    for name in names:
+        ends = [curve(metrics)[[0, -1]] for metrics in runs[name]]
+        print(f"  {name:26s} " + "   ".join(f"{first:.3f} -> {last:.3f}" for first, last in ends))
+    plot(runs, args.out / "breakages.png")
+    evaluate.plot_curves(runs["unbroken"], args.out / "curves.png")
+    print(f"curves in {args.out / 'breakages.png'} and {args.out / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The benchmarks run, on CPU and small; their figures stand in the README and are not tested."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from bench import gpu, vs_trl
+from demo import shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class ImagesOnly(transformers.Qwen2VLProcessor):
+    """Qwen2-VL's processor without its part for videos, which needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+    def __init__(self, tokenizer, **pixels: int):
+        super().__init__(Qwen2VLImageProcessorPil(**pixels), tokenizer, chat_template=gpu.CHAT_TEMPLATE)
+
+
+def small(**special: int):
+    """A configuration of Qwen2-VL with few layers and narrow ones."""
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 2000,
+    }
+    rope = {"rope_parameters": gpu.TEXT["rope_parameters"] | {"mrope_section": [4, 6, 6]}}
+    vision = {"depth": 2, "num_heads": 2, "embed_dim": 32, "hidden_size": 64}
+    return transformers.Qwen2VLConfig(text_config=gpu.TEXT | text | rope, vision_config=vision, **special)
+
+
+@pytest.mark.parametrize("name,parameters", [("Qwen2-VL-2B", 2_208_985_600), ("Qwen2.5-VL-3B", 3_754_622_976)])
+def test_gpu_shapes_are_those_of_the_models(name, parameters):
+    """As many parameters as the released checkpoints hold."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(
+            gpu.SHAPES[name](**gpu.special_ids(gpu.make_tokenizer()))
+        )
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("side", ["virft.py", "repeated"])
+def test_gpu_bench_measures_a_small_model(side, tmp_path, monkeypatch):
+    """All but the GPU and TRL: a model is written, trained for a step and measured; the row of the table is whole."""
+    monkeypatch.setitem(gpu.SHAPES, "Qwen2-VL-2B", small)
+    pixels = {"min_pixels": 8 * 28**2, "max_pixels": 16 * 28**2}
+    monkeypatch.setattr(gpu, "PIXELS", pixels)
+    monkeypatch.setattr(gpu, "make_processor", lambda shape, tokenizer: ImagesOnly(tokenizer))
+    tokenizer = gpu.make_tokenizer()
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: ImagesOnly(tokenizer, **pixels))
+    for changed in ("prefill", "fork"):  # the repeated side replaces them, in a process of its own
+        monkeypatch.setattr(gpu.vs_trl.virft, changed, getattr(gpu.vs_trl.virft, changed))
+    shapes.write_split(tmp_path / "data", "train", 4, seed=0)
+    gpu.write_model("Qwen2-VL-2B", tmp_path / "model", "cpu")
+
+    class Meter(vs_trl.Meter):
+        def read(self):
+            return super().read() | {"busy": 0.5}
+
+    result = gpu.measure(side, "6,2,2", 1, tmp_path, Meter)
+    assert result["prompt"] > 16 and result["phases"].keys() == {"sample", "reference", "train"}
+    row = gpu.table_rows("Qwen2-VL-2B", "6,2,2", [{side: result, "TRL": result}]).splitlines()[0]
+    assert row.startswith(f"| Qwen2-VL-2B | {result['prompt']}, 6, 2, 2 | {side} |") and row.endswith("| 1.0 |")
+    assert "| 50% |" in row and len(row.split("|")) == 13
+
+
+def test_gpu_bench_says_what_it_needs():
+    done = subprocess.run([sys.executable, ROOT / "bench" / "gpu.py"], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})  # fmt: skip
+    assert done.returncode and "torch sees no GPU" in done.stderr
+
+
+def test_vs_trl_measures_our_sides():
+    """The least case, by the command as it stands in the README; what TRL adds is in its own tests' hands."""
+    command = [sys.executable, ROOT / "bench" / "vs_trl.py", "--sides", "virft.py", "repeated", "--cases", "28,4,2,2", "--rounds", "1", "--steps", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert done.returncode == 0 and len(rows) == 3, done.stderr
+    assert [row.split(" | ")[1] for row in rows[1:]] == ["virft.py", "repeated"]
