@@ -435,15 +435,15 @@ def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
     draw_record(task, open_image(prompt.example.images[0]), r, path)
 
 
-def plot_curves(metrics: Path, path: Path, window: int = 20) -> None:
-    """curves.png from metrics.jsonl: rewards, completion length, KL and gradient norm over the steps, smoothed."""
+def plot_curves(runs: Sequence[Path], path: Path, window: int = 20) -> None:
+    """curves.png from the metrics.jsonl of one run, or of several that differ in their seed: a line each, smoothed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    panels = [[n for n in rows[0] if n == "reward" or n.startswith("reward_") and n != "reward_std"]]
+    runs = [[json.loads(line) for line in run.read_text(encoding="utf-8").splitlines()] for run in runs]
+    panels = [[n for n in runs[0][0] if n == "reward" or n.startswith("reward_") and n != "reward_std"]]
     panels += [
         ["reward_std", "zero_variance_groups", "parsed", "no_objects"],
         ["completion_tokens"],
@@ -451,12 +451,16 @@ def plot_curves(metrics: Path, path: Path, window: int = 20) -> None:
     ]
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     for axis, names in zip(axes.flat, panels):
-        for name in names:
-            steps = [row["step"] for row in rows if name in row]
-            values = np.array([row[name] for row in rows if name in row])
-            if len(values):
-                width = min(window, len(values))
-                axis.plot(steps[width - 1 :], np.convolve(values, np.ones(width) / width, "valid"), label=name)
+        for color, name in enumerate(names):
+            label = name
+            for rows in runs:
+                steps = [row["step"] for row in rows if name in row]
+                values = np.array([row[name] for row in rows if name in row])
+                if len(values):
+                    width = min(window, len(values))
+                    smooth = np.convolve(values, np.ones(width) / width, "valid")
+                    axis.plot(steps[width - 1 :], smooth, color=f"C{color}", label=label, linewidth=1.3)
+                    label = None  # once, however many runs there are
         axis.set_xlabel(f"step (mean of {window})")
         if axis.lines:
             axis.legend(fontsize=8)

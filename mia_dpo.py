@@ -53,7 +53,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import data
 import evaluate
@@ -64,11 +63,11 @@ from rewards import Box, parse_answer, reward_weights
 from virft import Averages, Run, at_least_1, option
 
 
-def like_virft(name: str, default: Any = None) -> Any:
+def like_virft(name: str, default: Any = None, heading: str | None = None) -> Any:
     """A setting that virft.py documents, with another default if one is given."""
     (known,) = (f for f in fields(virft.Config) if f.name == name)
     usual = known.default_factory() if callable(known.default_factory) else known.default
-    return option(usual if default is None else default, known.metadata["help"])
+    return option(usual if default is None else default, known.metadata["help"], heading)
 
 
 class Layout(NamedTuple):
@@ -97,8 +96,9 @@ PUBLISHED_MIX = [
 class BuildConfig:
     """Every setting of `build`."""
 
-    # Questions
-    task: str = option("captions", f"captions (COCO's), or a task of data.TASKS: {', '.join(TASKS)}")
+    task: str = option(
+        "captions", f"captions (COCO's), or a task of data.TASKS: {', '.join(TASKS)}", heading="Questions"
+    )
     data: str | None = option(None, "dataset folder or file of questions about single images")
     categories: str | None = like_virft("categories")
     shots: int | None = like_virft("shots")
@@ -113,8 +113,7 @@ class BuildConfig:
     )
     overwrite: bool = option(False, "replace what an earlier build wrote")
 
-    # The model and its answers
-    model: str = like_virft("model")
+    model: str = like_virft("model", heading="The model and its answers")
     revision: str | None = like_virft("revision")
     max_pixels: int = like_virft("max_pixels")
     min_pixels: int = like_virft("min_pixels")
@@ -129,8 +128,9 @@ class BuildConfig:
     workers: int = like_virft("workers")
     seed: int = option(0, "decides layouts, companions, places and every sampled token")
 
-    # Selection
-    selection: str = option("attention", "attention (the method), none, or random: as many as attention takes, by lot")
+    selection: str = option(
+        "attention", "attention (the method), none, or random: as many as attention takes, by lot", heading="Selection"
+    )
     layer: int | None = option(None, "layer whose attention is read, counted from 0; default: the middle one")
     limits: list[str] = option(
         [],
@@ -149,7 +149,9 @@ class TrainConfig:
     """Every setting of `train`; the help of those that virft.py has too is virft.py's."""
 
     pairs: str = option(
-        "pairs.jsonl", "file that `build` wrote, or any other of rows {id, image, prompt, chosen, rejected}"
+        "pairs.jsonl",
+        "file that `build` wrote, or any other of rows {id, image, prompt, chosen, rejected}",
+        heading="What is trained on what",
     )
     model: str = like_virft("model")
     revision: str | None = like_virft("revision")
@@ -160,10 +162,14 @@ class TrainConfig:
     system_prompt: str | None = like_virft("system_prompt")
     skip_bad_images: bool = like_virft("skip_bad_images")
 
-    beta: float = option(0.1, "DPO's beta: how much a change of the log-probability counts against the reference")
+    beta: float = option(
+        0.1,
+        "DPO's beta: how much a change of the log-probability counts against the reference",
+        heading="The algorithm",
+    )
     gamma: float = option(0.1, "weight of the cross-entropy of the chosen answers")
 
-    epochs: float = option(3.0, "passes over the pairs")
+    epochs: float = option(3.0, "passes over the pairs", heading="Optimization")
     steps: int = option(0, "training steps; 0: as many as --epochs makes")
     prompts_per_step: int = like_virft("prompts_per_step")
     prompts_per_forward: int = like_virft("prompts_per_forward")
@@ -173,11 +179,11 @@ class TrainConfig:
     weight_decay: float = like_virft("weight_decay")
     max_grad_norm: float = like_virft("max_grad_norm")
     seed: int = option(0, "decides the order of the pairs")
-    lora_rank: int = like_virft("lora_rank")
+    lora_rank: int = like_virft("lora_rank", heading="Memory and several GPUs")
     freeze_vision: bool = like_virft("freeze_vision")
     micro_batch: int = like_virft("micro_batch")
     shard: bool = like_virft("shard")
-    save_every: int = like_virft("save_every")
+    save_every: int = like_virft("save_every", heading="Interruptions")
     keep_last: int = like_virft("keep_last")
     resume: bool = like_virft("resume")
     workers: int = like_virft("workers")
@@ -707,7 +713,9 @@ def write_rows(file: Path, rows: Sequence[dict], images: str) -> None:
 
 
 def parse_build(argv: list[str]) -> BuildConfig:
-    (cfg,) = HfArgumentParser(BuildConfig, prog="mia_dpo.py build").parse_args_into_dataclasses(argv)
+    (cfg,) = virft.Parser(
+        BuildConfig, prog="mia_dpo.py build", usage="%(prog)s --task TASK --data DIR --model NAME [flags]"
+    ).parse_args_into_dataclasses(argv)
     try:
         mix, limits = reward_weights(cfg.layouts), reward_weights(cfg.limits)
     except ValueError as error:
@@ -875,7 +883,9 @@ def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
 
 
 def parse_train(argv: list[str]) -> TrainConfig:
-    (cfg,) = HfArgumentParser(TrainConfig, prog="mia_dpo.py train").parse_args_into_dataclasses(argv)
+    (cfg,) = virft.Parser(
+        TrainConfig, prog="mia_dpo.py train", usage="%(prog)s --pairs FILE --model NAME [flags]"
+    ).parse_args_into_dataclasses(argv)
     virft.obey(cfg, [
         ("beta", cfg.beta > 0, "above 0"),
         ("gamma", cfg.gamma >= 0, "0 or more"),

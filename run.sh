@@ -6,6 +6,8 @@
 #   bash run.sh demo FAMILY [flags]      the demo of detection (the default), classification, grounding or multi-image
 #   bash run.sh demo mia-dpo [flags]     the demo of mia_dpo.py; flags that its build and train both know, such as --seed
 #   bash run.sh controls                 what the demo's gain is compared with
+#   bash run.sh breakages                the demo, broken in four ways: what each does to the curve
+#   bash run.sh reproduce --data DIR     few-shot COCO as in the paper: evaluate, train 200 steps, evaluate; one row
 #   bash run.sh test [pytest arguments]  the tests; -m slow runs the long ones
 #   bash run.sh --task coco --data DIR --model NAME ...     your own training: accelerate launch virft.py ...
 set -euo pipefail
@@ -103,13 +105,34 @@ demo_mia_dpo() {
     python demo/report.py "$out"
 }
 
+# Few-shot COCO with the paper's settings, which are the defaults of virft.py. More flags (--model, --eval_limit, ...) go to
+# every part. The same command goes on where an earlier one was interrupted.
+reproduce() {
+    local out=runs/reproduce common=(virft.py --task coco --categories fewshot8) again=()
+    case " $* " in *" --data "*) ;; *) echo "run.sh: reproduce needs --data DIR, a folder with COCO's annotations and images" >&2; exit 2 ;; esac
+    if [ -e "$out/flags" ] && [ "$(cat "$out/flags")" != "$*" ]; then
+        echo "run.sh: $out was begun with $(cat "$out/flags"): move it away, or give the same flags" >&2; exit 2
+    fi
+    mkdir -p "$out"
+    echo "$*" >"$out/flags"
+    echo "1/3  before"
+    [ -e "$out/before/scores.json" ] || launch "${common[@]}" "$@" --eval_only true --out "$out/before"
+    echo "2/3  GRPO, 4 shots"
+    if compgen -G "$out/train/checkpoints/step_??????" >/dev/null; then again=(--resume true); else again=(--overwrite true); fi
+    [ -e "$out/train/model" ] || launch "${common[@]}" --shots 4 --steps 200 --save_every 50 --keep_last 1 "$@" --out "$out/train" "${again[@]}"
+    echo "3/3  after"
+    [ -e "$out/after/scores.json" ] || launch "${common[@]}" "$@" --model "$out/train/model" --eval_only true --out "$out/after"
+    python demo/report.py "$out" --paper
+}
+
 setup
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || echo 4)}"
 case "${1:-demo}" in
     demo) shift || true; export HF_HUB_OFFLINE=1; demo "$@" ;;
-    controls) shift; export HF_HUB_OFFLINE=1; python demo/controls.py "$@" ;;
+    controls | breakages) export HF_HUB_OFFLINE=1; python "demo/$1.py" "${@:2}" ;;
+    reproduce) shift; reproduce "$@" ;;
     test) shift; HF_HUB_OFFLINE=1 python -m pytest "$@" ;;
     --*) launch virft.py "$@" ;;
-    *) sed -n '2,10p' run.sh | cut -c3-; exit 2 ;;
+    *) sed -n '2,12p' run.sh | cut -c3-; exit 2 ;;
 esac

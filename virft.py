@@ -69,19 +69,34 @@ from models import Checkpoint, next_position, prompts_in_common, repeated_logits
 from rewards import choose_rewards, reward_weights
 
 
-def option(default: Any, help: str) -> Any:
-    """A Config field with its line of help; lists get a factory, as dataclasses ask for."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, heading: str | None = None) -> Any:
+    """A Config field with its line of help, and the heading in --help that begins with it; lists get a factory."""
+    usual = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**usual, metadata={"help": help, "heading": heading})
+
+
+class Parser(HfArgumentParser):
+    """Flags from dataclasses of `option` fields, under their headings; each has one name, and shows its type."""
+
+    group = None
+
+    def add_argument(self, *names, heading: str | None = None, **settings):
+        if heading:
+            self.group = self.add_argument_group(heading)
+        if not self.group:  # --help itself
+            return super().add_argument(*names, **settings)
+        if settings.get("action") == "store_false":  # --no_x beside --x false: a second name, and a default that misleads
+            return None
+        if "type" in settings:
+            settings["metavar"] = settings["type"].__name__.replace("string_to_bool", "bool").upper()
+        return self.group.add_argument(names[0], **settings)
 
 
 @dataclass
 class Config:
     """Every setting, documented here and nowhere else: `python virft.py --help` prints these lines."""
 
-    # What is trained on what
-    task: str = option("coco", f"task of data.TASKS: {', '.join(data.TASKS)}")
+    task: str = option("coco", f"task of data.TASKS: {', '.join(data.TASKS)}", heading="What is trained on what")
     model: str = option("Qwen/Qwen2-VL-2B-Instruct", "model folder or hub name; also the reference of the KL term")
     revision: str | None = option(None, "branch, tag or commit of a model on the hub")
     data: str | None = option(None, "dataset folder, file or hub name; by default the task's released dataset")
@@ -89,9 +104,10 @@ class Config:
     out: str = option("runs/virft", "run folder: metrics, rollouts, pictures and the trained model")
     overwrite: bool = option(False, "replace an existing run folder")
 
-    # Examples
     categories: str | None = option(
-        None, f"categories, separated by commas, or base65, {', '.join(CATEGORY_SPLITS)}; default all"
+        None,
+        f"categories, separated by commas, or base65, {', '.join(CATEGORY_SPLITS)}; default all",
+        heading="Examples",
     )
     shots: int | None = option(None, "few-shot: this many training images per category, chosen by seed")
     negatives: float = option(0.0, "share of examples that ask for an absent category (right answer: No Objects)")
@@ -107,9 +123,10 @@ class Config:
     think: bool = option(True, "ask for <think> before <answer>; false: answer only, and format judged on it alone")
     system_prompt: str | None = option(None, "system message before each question")
 
-    # The algorithm
     rewards: list[str] = option(
-        [], "rewards and weights, such as iou=1 brier=0.5 my_rewards.py:my_reward=2; default: the task's"
+        [],
+        "rewards and weights, such as iou=1 brier=0.5 my_rewards.py:my_reward=2; default: the task's",
+        heading="The algorithm",
     )
     iou_threshold: float = option(0.5, "a box counts as found if its IoU is above this")
     group_size: int = option(8, "G, completions per prompt")
@@ -122,8 +139,7 @@ class Config:
     inner_epochs: int = option(1, "optimizer steps on the same completions; clipping acts from the second on")
     mask_truncated: bool = option(False, "leave truncated completions out of the loss; they stay in their group's mean")
 
-    # Optimization
-    steps: int = option(200, "training steps (sample, score, update)")
+    steps: int = option(200, "training steps (sample, score, update)", heading="Optimization")
     prompts_per_step: int = option(16, "prompts of one step over all processes and micro-batches")
     prompts_per_forward: int = option(1, "prompts of one training forward and backward on one process")
     lr: float = option(1e-6, "peak learning rate, decaying linearly to 0")
@@ -133,9 +149,10 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     seed: int = option(0, "decides the order of examples and every sampled token")
 
-    # Memory and several GPUs
     lora_rank: int = option(
-        0, "train adapters of this rank (peft, alpha = 2 x rank) on the language model; 0: the weights"
+        0,
+        "train adapters of this rank (peft, alpha = 2 x rank) on the language model; 0: the weights",
+        heading="Memory and several GPUs",
     )
     freeze_vision: bool = option(False, "train the language model only; with --lora_rank it is so anyway")
     micro_batch: int = option(0, "completions scored at once, each chunk recomputed in the backward pass; 0: all")
@@ -143,13 +160,15 @@ class Config:
         False, "share weights, gradients and optimizer out over the processes (FSDP2), not copy them (DDP)"
     )
 
-    # Interruptions
-    save_every: int = option(0, "write a checkpoint every so many steps; 0: only when interrupted")
+    save_every: int = option(
+        0, "write a checkpoint every so many steps; 0: only when interrupted", heading="Interruptions"
+    )
     keep_last: int = option(2, "checkpoints that are kept, the newest ones")
     resume: bool = option(False, "go on with the run in --out from its newest checkpoint")
 
-    # Seeing what happens
-    workers: int = option(2, "processes per GPU that open and resize images ahead of the step")
+    workers: int = option(
+        2, "processes per GPU that open and resize images ahead of the step", heading="Seeing what happens"
+    )
     check: bool = option(False, "sample answers to 16 examples, say what looks wrong, train nothing, and stop")
     eval_only: bool = option(False, "evaluate --model on the validation split and stop")
     eval_every: int = option(0, "evaluate every so many steps; 0: never")
@@ -596,8 +615,10 @@ def training_rules(cfg: Any, processes: int) -> list[Rule]:
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
-    parser = HfArgumentParser(Config, description="ViRFT: GRPO for vision-language models with verifiable rewards")
-    (cfg,) = parser.parse_args_into_dataclasses(argv)
+    (cfg,) = Parser(
+        Config, usage="accelerate launch virft.py --task TASK --data DIR --model NAME [flags]",
+        description="ViRFT: GRPO for vision-language models with verifiable rewards",
+    ).parse_args_into_dataclasses(argv)  # fmt: skip
     evaluates = cfg.eval_only or cfg.ask
     obey(cfg, [
         ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),
@@ -930,7 +951,7 @@ def train(
             print(f"an error ended training; the model as it was is in {out / 'model'}", file=sys.stderr)
         raise
     if run.accelerator.is_main_process:
-        evaluate.plot_curves(out / "metrics.jsonl", out / "curves.png")
+        evaluate.plot_curves([out / "metrics.jsonl"], out / "curves.png")
     if step < cfg.steps:
         run.say(f"{step} of {cfg.steps} steps done; --resume true goes on from {models.checkpoint_folder(out, step)}")
     else:

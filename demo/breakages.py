@@ -122,9 +122,12 @@ def main() -> None:
     for name in names:
         ends = [curve(metrics)[[0, -1]] for metrics in runs[name]]
         print(f"  {name:26s} " + "   ".join(f"{first:.3f} -> {last:.3f}" for first, last in ends))
-    plot(runs, args.out / "breakages.png")
-    evaluate.plot_curves(runs["unbroken"], args.out / "curves.png")
-    print(f"curves in {args.out / 'breakages.png'} and {args.out / 'curves.png'}")
+    if any(BREAKAGES[name].against for name in names):
+        plot(runs, args.out / "breakages.png")
+        print(f"broken and unbroken curves  {args.out / 'breakages.png'}")
+    if "unbroken" in names:
+        evaluate.plot_curves(runs["unbroken"], args.out / "curves.png")
+        print(f"the unbroken runs           {args.out / 'curves.png'}")
 
 
 if __name__ == "__main__":

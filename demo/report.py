@@ -1,6 +1,7 @@
 """Before and after: the table, the pictures and the numbers of the demo.
 
 python demo/report.py runs/demo                  # reads before/, train/ and after/, writes summary.json and pictures
+python demo/report.py runs/reproduce --paper     # adds a row per model in the paper's shape
 """
 
 import argparse
@@ -79,7 +80,7 @@ def metric_of(folder: Path) -> str:
 
 def detection_skills(predictions: Sequence[dict]) -> dict[str, float]:
     """How well the model chooses, counts and says No Objects: the shares of `skilled`."""
-    skills = {name: mean(list(answers.values())) for name, answers in skilled(predictions).items()}
+    skills = {name: mean(list(answers.values())) for name, answers in skilled(predictions).items() if answers}
     return skills | {"mixed_pictures": len(skilled(predictions)["choice"])}
 
 
@@ -139,6 +140,17 @@ def side_by_side(before: Path, after: Path, path: Path, count: int = 4) -> None:
     sheet.save(path)
 
 
+def paper_table(folders: dict[str, Path]) -> str:
+    """AP in percent over all categories and for each, as the paper's tables of detection have it; a row per folder."""
+    scores = {name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()}
+    categories = list(next(iter(scores.values()))["categories"])
+    lines = [["", "mAP", *categories], ["---"] * (len(categories) + 2)]
+    for name, result in scores.items():
+        values = [result["AP"], *(result["categories"][category]["AP"] for category in categories)]
+        lines.append([name, *(f"{100 * value:.1f}" for value in values)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def report_mia_dpo(folder: Path) -> None:
     """Accuracy about one of several pictures and about a lone one: untrained, and with pairs chosen in two ways."""
     columns, rows = ("before", "random", "attention"), {}
@@ -160,13 +172,17 @@ def report_mia_dpo(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--paper", action="store_true", help="print the scores of detection as the paper's tables do")
+    args = parser.parse_args()
+    folder = args.folder
     if (folder / "attention.jsonl").exists():
         return report_mia_dpo(folder)
     before, after = measure(folder / "before"), measure(folder / "after")
     print(f"\n{before['answers']} held-out questions{'':49s} before   after")
     metric = metric_of(folder / "before")
     for name, meaning in ROWS[metric].items():
+        if name not in before:  # no question asks for it
+            continue
         print(f"  {meaning:72s} {before[name]:6.3f}  {after[name]:6.3f}")
     summary = {"before": before, "after": after}
     if metric == "detection":
@@ -174,6 +190,9 @@ def main() -> None:
         summary["changes"] = changes(folder / "before", folder / "after")
         for name, (gained, lost, p) in summary["changes"].items():
             print(f"  {ROWS[metric][name]:72s} {gained:6d}  {lost:6d}   p {p:.2f}")
+    if args.paper:
+        print(f"\n{paper_table({'before': folder / 'before', 'GRPO': folder / 'after'})}")
+        print(json.loads((folder / "after" / "scores.json").read_text())["protocol"])
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\ncurves                       {folder / 'train' / 'curves.png'}")
     if metric != "rewards":  # pictures of answers show the first image of a question, which may not be the asked one

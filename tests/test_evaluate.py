@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 import data
 import evaluate
@@ -359,9 +359,12 @@ def test_curves_draw_whatever_was_logged(tmp_path):
         for s in range(1, 51)
     ]
     evaluate.append_rows(tmp_path / "metrics.jsonl", rows)
-    evaluate.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 800
+    evaluate.append_rows(tmp_path / "other.jsonl", [row | {"reward_iou": 1.0} for row in rows[:40]])
+    for runs, name in (["metrics"], "one.png"), (["metrics", "other"], "two.png"):
+        evaluate.plot_curves([tmp_path / f"{run}.jsonl" for run in runs], tmp_path / name)
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
+        assert one.width > 800 and one.size == two.size
+        assert ImageChops.difference(one.convert("RGB"), two.convert("RGB")).getbbox(), "the second run is drawn too"
 
 
 def test_every_doubt_can_be_raised_and_none_without_reason():
