@@ -713,9 +713,9 @@ def write_rows(file: Path, rows: Sequence[dict], images: str) -> None:
 
 
 def parse_build(argv: list[str]) -> BuildConfig:
-    (cfg,) = virft.Parser(
+    cfg = virft.Parser(
         BuildConfig, prog="mia_dpo.py build", usage="%(prog)s --task TASK --data DIR --model NAME [flags]"
-    ).parse_args_into_dataclasses(argv)
+    ).settings(argv)
     try:
         mix, limits = reward_weights(cfg.layouts), reward_weights(cfg.limits)
     except ValueError as error:
@@ -883,9 +883,9 @@ def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
 
 
 def parse_train(argv: list[str]) -> TrainConfig:
-    (cfg,) = virft.Parser(
+    cfg = virft.Parser(
         TrainConfig, prog="mia_dpo.py train", usage="%(prog)s --pairs FILE --model NAME [flags]"
-    ).parse_args_into_dataclasses(argv)
+    ).settings(argv)
     virft.obey(cfg, [
         ("beta", cfg.beta > 0, "above 0"),
         ("gamma", cfg.gamma >= 0, "0 or more"),

@@ -7,7 +7,7 @@
 #   bash run.sh demo mia-dpo [flags]     the demo of mia_dpo.py; flags that its build and train both know, such as --seed
 #   bash run.sh controls                 what the demo's gain is compared with
 #   bash run.sh breakages                the demo, broken in four ways: what each does to the curve
-#   bash run.sh reproduce --data DIR     few-shot COCO as in the paper: evaluate, train 200 steps, evaluate; one row
+#   bash run.sh reproduce --data DIR     few-shot COCO as in the paper: evaluate, train 200 steps, evaluate; a row each
 #   bash run.sh test [pytest arguments]  the tests; -m slow runs the long ones
 #   bash run.sh --task coco --data DIR --model NAME ...     your own training: accelerate launch virft.py ...
 set -euo pipefail
@@ -106,20 +106,25 @@ demo_mia_dpo() {
 }
 
 # Few-shot COCO with the paper's settings, which are the defaults of virft.py. More flags (--model, --eval_limit, ...) go to
-# every part. The same command goes on where an earlier one was interrupted.
+# every part. The same command goes on where an earlier one was interrupted. Real COCO has a few boxes without area.
 reproduce() {
-    local out=runs/reproduce common=(virft.py --task coco --categories fewshot8) again=()
+    local out=runs/reproduce common=(virft.py --task coco --categories fewshot8 --skip_bad_images true) again=()
     case " $* " in *" --data "*) ;; *) echo "run.sh: reproduce needs --data DIR, a folder with COCO's annotations and images" >&2; exit 2 ;; esac
     if [ -e "$out/flags" ] && [ "$(cat "$out/flags")" != "$*" ]; then
-        echo "run.sh: $out was begun with $(cat "$out/flags"): move it away, or give the same flags" >&2; exit 2
+        echo "run.sh: $out was begun with $(cat "$out/flags"): move it away, or give the same flags" >&2
+        echo "        (flags that change no result, such as --micro_batch or --workers: remove $out/flags and go on)" >&2; exit 2
     fi
-    mkdir -p "$out"
-    echo "$*" >"$out/flags"
     echo "1/3  before"
     [ -e "$out/before/scores.json" ] || launch "${common[@]}" "$@" --eval_only true --out "$out/before"
-    echo "2/3  GRPO, 4 shots"
-    if compgen -G "$out/train/checkpoints/step_??????" >/dev/null; then again=(--resume true); else again=(--overwrite true); fi
-    [ -e "$out/train/model" ] || launch "${common[@]}" --shots 4 --steps 200 --save_every 50 --keep_last 1 "$@" --out "$out/train" "${again[@]}"
+    echo "$*" >"$out/flags"
+    echo "2/3  GRPO"
+    if [ ! -e "$out/train/finished" ]; then
+        if compgen -G "$out/train/checkpoints/step_??????" >/dev/null; then again=(--resume true); else again=(--overwrite true); fi
+        rm -rf "$out/train/model" "$out/after"  # what a training that failed may have left
+        launch "${common[@]}" --shots 4 --steps 200 --save_every 50 --keep_last 1 "$@" --out "$out/train" "${again[@]}"
+        [ -e "$out/train/model" ] || { echo "run.sh: training was stopped; the same command goes on" >&2; exit 1; }
+        touch "$out/train/finished"
+    fi
     echo "3/3  after"
     [ -e "$out/after/scores.json" ] || launch "${common[@]}" "$@" --model "$out/train/model" --eval_only true --out "$out/after"
     python demo/report.py "$out" --paper

@@ -35,6 +35,7 @@ N = B * G rows, which are grouped: prompt 0 completion 0, prompt 0 completion 1,
 
 import contextlib
 import copy
+import difflib
 import hashlib
 import json
 import math
@@ -85,11 +86,22 @@ class Parser(HfArgumentParser):
             self.group = self.add_argument_group(heading)
         if not self.group:  # --help itself
             return super().add_argument(*names, **settings)
-        if settings.get("action") == "store_false":  # --no_x beside --x false: a second name, and a default that misleads
+        if (
+            settings.get("action") == "store_false"
+        ):  # --no_x beside --x false: a second name, and a default that misleads
             return None
         if "type" in settings:
             settings["metavar"] = settings["type"].__name__.replace("string_to_bool", "bool").upper()
         return self.group.add_argument(names[0], **settings)
+
+    def settings(self, argv: list[str] | None) -> Any:
+        """The dataclass with what the command line sets; SystemExit at a flag that it does not have."""
+        found, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].lstrip("-"), vars(found), n=1)
+            meant = f"did you mean --{near[0]}? " if near else ""
+            raise SystemExit(f"{' '.join(unknown)}: there is no such flag; {meant}--help lists them")
+        return found
 
 
 @dataclass
@@ -615,10 +627,10 @@ def training_rules(cfg: Any, processes: int) -> list[Rule]:
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
-    (cfg,) = Parser(
+    cfg = Parser(
         Config, usage="accelerate launch virft.py --task TASK --data DIR --model NAME [flags]",
         description="ViRFT: GRPO for vision-language models with verifiable rewards",
-    ).parse_args_into_dataclasses(argv)  # fmt: skip
+    ).settings(argv)  # fmt: skip
     evaluates = cfg.eval_only or cfg.ask
     obey(cfg, [
         ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),

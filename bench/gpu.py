@@ -8,15 +8,17 @@ A case is COMPLETION_TOKENS,G,PROMPTS_A_STEP. The models have the sizes of Qwen2
 nothing is downloaded; pictures are enlarged to 529 image tokens. Float32 weights under bf16 autocast on both sides, the same
 attention (flash-attn where it is installed, otherwise SDPA), beta 0.04, no EOS, one prompt a forward. Sides alternate
 as in bench/vs_trl.py, whose loops these are. "busy" is the share of time at which the GPU computed anything,
-as nvidia-smi sees it; "peak" all that torch had allocated.
+as nvidia-smi sees it (nan where it sees nothing: on a part of a GPU, or in steps shorter than half a second); "peak" all that torch had allocated.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -92,13 +94,23 @@ class Meter:
     """vs_trl.Meter for a GPU: what torch held at most, and how busy nvidia-smi saw the GPU after the first step."""
 
     def warm(self) -> None:
-        query = ("nvidia-smi", f"--id={torch.cuda.get_device_properties(0).uuid}", "--query-gpu=utilization.gpu")
-        self.watch = subprocess.Popen([*query, "--format=csv,noheader,nounits", "-lms", "200"], stdout=subprocess.PIPE, text=True)  # fmt: skip
+        self.over, self.seen = threading.Event(), []
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+        self.watcher.start()
+
+    def watch(self) -> None:
+        gpu = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+        query = ("nvidia-smi", gpu, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits")
+        while not self.over.wait(0.5):
+            share = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+            if share.isdigit():  # parts of a GPU (MIG) have none
+                self.seen.append(float(share))
 
     def read(self) -> dict[str, float]:
-        self.watch.terminate()
-        seen = [float(line) for line in self.watch.communicate()[0].split()]
-        return {"peak": torch.cuda.max_memory_allocated(), "busy": statistics.mean(seen) / 100}
+        self.over.set()
+        self.watcher.join()
+        busy = statistics.mean(self.seen) / 100 if self.seen else math.nan
+        return {"peak": torch.cuda.max_memory_allocated(), "busy": busy}
 
 
 def measure(side: str, case: str, steps: int, folder: Path, meter: type = Meter) -> dict:
@@ -142,13 +154,14 @@ def main() -> None:
     if args.side:
         print(json.dumps(measure(args.side, args.cases[0], args.steps, args.folder)))
         return
+    vs_trl.need_trl("TRL" in args.sides)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
     print("| model | prompt, completion, G, prompts | | s / step | sample | reference | train | sampled tokens / s | busy | peak GB | TRL / this: time |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
             shapes.write_split(Path(folder) / "data", "train", 40, seed=0)
-            write_model(shape, Path(folder) / "model", "cuda")
+            write_model(shape, Path(folder) / "model", "cpu")  # this process holds nothing of the GPU's memory
             for case in args.cases:
                 argv = ("--cases", case, "--steps", args.steps, "--folder", folder)
                 rounds = [

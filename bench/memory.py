@@ -4,7 +4,8 @@
 
 Bytes at the peak of the training pass, with T trained and F frozen parameters on each of n processes:
 
-    states       16 T (float32 weight, gradient, two moments; / n with --shard) + 2 F (bf16) + 2 R (reference, bf16; / n)
+    states       16 T (float32 weight, gradient, two moments) + 2 F (bf16; sharded they stay float32, 4 F) + 2 R (reference,
+                 bf16); with --shard all of it / n
     casts         2 T, the bf16 copies of trained matrices that autocast makes and the backward pass keeps
     prompt        P tokens and, where the vision tower is trained, its patches: activations, see below
     completions   m x C tokens, m = --micro_batch or all G x prompts_per_forward: activations, logits and their
@@ -59,7 +60,7 @@ def gigabytes(
     frozen = shape.parameters + lora - trained
     reference = shape.parameters if beta and not lora else 0
     n = processes if shard else 1
-    states = (16 * trained + 2 * frozen + 2 * reference) / n
+    states = (16 * trained + (4 if shard else 2) * frozen + 2 * reference) / n
     gathered = 4 * trained if shard else 0
     patches = max_pixels // 14**2
     prompt_tokens = patches // 4 + 110  # our detection prompt has about 110 tokens of text

@@ -14,6 +14,7 @@ memory is taken over what was resident before the first step; the first step is 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -241,6 +242,11 @@ def in_a_process(script: str, *argv, **environment: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def need_trl(needed: bool) -> None:
+    if needed and not importlib.util.find_spec("trl"):
+        raise SystemExit("TRL is not installed: pip install trl==1.16.0, or --sides virft.py repeated")
+
+
 def prepare(folder: Path, side: int) -> Path:
     folder = folder / str(side)
     if not folder.exists():
@@ -270,7 +276,9 @@ def table_rows(rounds: list[dict], C: int, G: int, prompts: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["224,48,8,1", "224,48,8,16", "336,64,8,1", "336,64,8,16"], help=CASE)
+    parser.add_argument(
+        "--cases", nargs="+", default=["224,48,8,1", "224,48,8,16", "336,64,8,1", "336,64,8,16"], help=CASE
+    )
     parser.add_argument("--rounds", type=int, default=3, help="alternations")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--losses", action="store_true")
@@ -287,6 +295,7 @@ def main() -> None:
             result = ours(folder, *sizes, args.steps, args.side == "repeated", Meter)
         print(json.dumps(result))
         return
+    need_trl("TRL" in args.sides or args.losses)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.losses:

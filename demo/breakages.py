@@ -4,10 +4,11 @@
 
 A breakage is one edited line in a copy of virft.py, or one flag, as the README's "Teach it" has them. Every copy is trained as the
 demo was. OUT/breakages.png shows the IoU reward of each beside the unbroken run, OUT/breakages/NAME/SEED all the rest.
-Finished runs are kept: the same command goes on behind them.
+Finished runs are kept as long as neither the code nor a flag changes: the same command goes on behind them.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 from demo.controls import flags  # noqa: E402
 
+WINDOW = 20  # steps over which curves are smoothed
 FILES = ("virft.py", "rewards.py", "data.py", "evaluate.py", "models.py")
 
 
@@ -34,6 +36,7 @@ class Breakage(NamedTuple):
     new: str = ""
 
 
+DEMO = {"group_size": 8, "inner_epochs": 1, "beta": 0.0}  # what breakages change, as the demo has it
 BREAKAGES = {
     "unbroken": Breakage({}),
     "unbroken, 4 inner epochs": Breakage({"inner_epochs": 4}),
@@ -68,18 +71,25 @@ def broken_copy(breakage: Breakage, folder: Path) -> Path:
 
 
 def train(settings: dict, breakage: Breakage, folder: Path, seed: int) -> Path:
-    """Train once, unless that is done; the run's metrics.jsonl."""
-    run = folder / str(seed)
-    if not (run / "model").exists():
-        script = broken_copy(breakage, folder / "code")
-        argv = flags(settings, out=run, seed=seed, picture_every=0, **breakage.flags)
+    """Train, unless just this was done; the run's metrics.jsonl."""
+    run, script = folder / str(seed), broken_copy(breakage, folder / "code")
+    argv = flags(settings, out=run, seed=seed, picture_every=0, **breakage.flags)
+    trained = {
+        "flags": argv,
+        "files": {n: hashlib.sha256((folder / "code" / n).read_bytes()).hexdigest() for n in FILES},
+    }
+    record = run / "trained.json"
+    if not record.exists() or json.loads(record.read_text()) != trained:
         subprocess.run([sys.executable, script, *argv], check=True)
+        if not (run / "model").exists():
+            raise SystemExit(f"{run}: training was stopped; the same command trains it again")
+        record.write_text(json.dumps(trained, indent=2) + "\n")
     return run / "metrics.jsonl"
 
 
-def curve(metrics: Path, window: int = 20) -> np.ndarray:
+def curve(metrics: Path) -> np.ndarray:
     values = [json.loads(line)["reward_iou"] for line in metrics.read_text().splitlines()]
-    width = min(window, len(values))
+    width = min(WINDOW, len(values))
     return np.convolve(values, np.ones(width) / width, "valid")
 
 
@@ -95,8 +105,11 @@ def plot(runs: dict[str, list[Path]], path: Path) -> None:
     for axis, name in zip(axes.flat, broken):
         for which, color in ((BREAKAGES[name].against, "tab:gray"), (name, "tab:red")):
             for i, metrics in enumerate(runs[which]):
-                axis.plot(curve(metrics), color=color, label=None if i else which, linewidth=1.2)
-        axis.set_xlabel("step (mean of 20)")
+                values = curve(metrics)
+                axis.plot(
+                    np.arange(len(values)) + WINDOW, values, color=color, label=None if i else which, linewidth=1.2
+                )
+        axis.set_xlabel(f"step (mean of {WINDOW})")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("reward_iou")
@@ -114,11 +127,14 @@ def main() -> None:
     if not config.exists():
         raise SystemExit(f"{args.out} holds no finished demo: run `bash run.sh` first")
     settings, runs = json.loads(config.read_text()), {}
+    changed = {name: settings[name] for name, value in DEMO.items() if settings[name] != value}
+    if changed:
+        raise SystemExit(f"{args.out} was trained with {changed}, which is no longer the demo: run `bash run.sh` again")
     names = dict.fromkeys(n for name in args.only for n in (BREAKAGES[name].against or name, name))
     for name in names:
         folder = args.out / "breakages" / name.replace(", ", "_").replace(" ", "_")
         runs[name] = [train(settings, BREAKAGES[name], folder, seed) for seed in args.seeds]
-    print("\nIoU reward, mean of the first and of the last 20 steps")
+    print(f"\nIoU reward, mean of the first and of the last {WINDOW} steps")
     for name in names:
         ends = [curve(metrics)[[0, -1]] for metrics in runs[name]]
         print(f"  {name:26s} " + "   ".join(f"{first:.3f} -> {last:.3f}" for first, last in ends))

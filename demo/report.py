@@ -130,13 +130,17 @@ def side_by_side(before: Path, after: Path, path: Path, count: int = 4) -> None:
     """Pictures of the same questions before and after, one under the other."""
     names = sorted(p.name for p in (before / "pictures").glob("*.png"))[:count]
     rows = [[Image.open(folder / "pictures" / name) for name in names] for folder in (before, after)]
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (len(names) * (width + 8) + 90, 2 * (height + 8)), "white")
+    height = max(picture.height for picture in rows[0])
+    rows = [[p.resize((round(p.width * height / p.height), height)) for p in row] for row in rows]
+    width = sum(picture.width + 8 for picture in rows[0])
+    sheet = Image.new("RGB", (width + 90, 2 * (height + 8)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
     for y, (label, row) in enumerate(zip(("before", "after"), rows)):
         draw.text((6, y * (height + 8) + height // 2), label, "black", font)
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (90 + x * (width + 8), y * (height + 8)))
+        x = 90
+        for picture in row:
+            sheet.paste(picture, (x, y * (height + 8)))
+            x += picture.width + 8
     sheet.save(path)
 
 

@@ -1,5 +1,6 @@
 """The benchmarks run, on CPU and small; their figures stand in the README and are not tested."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -81,9 +82,11 @@ def test_gpu_bench_says_what_it_needs():
 
 
 def test_vs_trl_measures_our_sides():
-    """The least case, by the command as it stands in the README; what TRL adds is in its own tests' hands."""
+    """The least case of our two sides, by command; TRL is not installed for tests, and asked for at once where it is needed."""
     command = [sys.executable, ROOT / "bench" / "vs_trl.py", "--sides", "virft.py", "repeated", "--cases", "28,4,2,2", "--rounds", "1", "--steps", "1"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert done.returncode == 0 and len(rows) == 3, done.stderr
     assert [row.split(" | ")[1] for row in rows[1:]] == ["virft.py", "repeated"]
+    if not importlib.util.find_spec("trl"):
+        assert "pip install trl==1.16.0" in subprocess.run(command[:2], capture_output=True, text=True).stderr

@@ -196,7 +196,7 @@ def test_images_of_every_kind_load_upright_in_rgb(tmp_path):
         "rgb.png": upright,
         "palette.png": upright.quantize(4),
         "cmyk.jpg": upright.convert("CMYK"),
-        "grey.png": upright.convert("L"),
+        "gray.png": upright.convert("L"),
     }
     sideways = upright.transpose(Image.Transpose.ROTATE_90)
     for name, image in kinds.items():
@@ -210,7 +210,7 @@ def test_images_of_every_kind_load_upright_in_rgb(tmp_path):
     for name in (*kinds, "exif.png", "clear.png"):
         image = data.open_image(tmp_path / name)
         assert image.mode == "RGB" and image.size == (30, 20) == data.image_size(tmp_path / name), name
-        if name != "grey.png":
+        if name != "gray.png":
             assert image.getpixel((4, 10))[0] > 200 and image.getpixel((4, 10))[2] < 60, name
     assert data.open_image(tmp_path / "clear.png").getpixel((25, 10)) == (255, 255, 255)
 

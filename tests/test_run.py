@@ -386,6 +386,25 @@ def test_run_sh_explains_itself():
     assert Path(ROOT / ".ci" / "run").exists()
 
 
+def test_help_lists_every_flag_once_under_its_heading(capsys):
+    for main, config, headings in (
+        (virft.main, virft.Config, 7), (mia_dpo.parse_build, mia_dpo.BuildConfig, 3), (mia_dpo.parse_train, mia_dpo.TrainConfig, 5),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        printed = capsys.readouterr().out
+        listed = re.findall(r"^  --(\w+)", printed, re.M)
+        assert listed == [field.name for field in dataclasses.fields(config)]
+        assert len(re.findall(r"^[A-Z][a-z ]+(?:GPUs|\w):$", printed, re.M)) == headings, printed
+
+
+def test_a_flag_that_does_not_exist_is_named_with_the_one_that_was_meant():
+    with pytest.raises(SystemExit, match=r"--group_sise 4: there is no such flag; did you mean --group_size\?"):
+        virft.parse_config(["--task", "coco", "--group_sise", "4"])
+    with pytest.raises(SystemExit, match="--zzz: there is no such flag; --help"):
+        mia_dpo.parse_train(["--zzz"])
+
+
 def test_the_readme_names_what_is_there():
     """Tests, flags and metrics that the README speaks of exist."""
     readme = (ROOT / "README.md").read_text()
@@ -394,7 +413,7 @@ def test_the_readme_names_what_is_there():
     configs = (virft.Config, mia_dpo.BuildConfig, mia_dpo.TrainConfig)
     flags = {field.name for config in configs for field in dataclasses.fields(config)}
     launchers = {"config_file", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"}
-    scripts = "".join(file.read_text() for file in (ROOT / "bench").glob("*.py"))
+    scripts = "".join(file.read_text() for file in [*(ROOT / "bench").glob("*.py"), *(ROOT / "demo").glob("*.py")])
     benches = set(re.findall(r'add_argument\("--([a-z]+)"', scripts))
     assert set(re.findall(r"--([a-z]+(?:_[a-z0-9]+)*)", readme)) <= flags | launchers | benches
     metrics = readme.partition("## Every metric")[2].partition("\n## ")[0]

@@ -1,0 +1,305 @@
+"""What the README says can be done, is done here; what it links to is there."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import copied
+import mia_dpo
+import virft
+from conftest import ROOT
+from demo import breakages, shapes
+from test_tasks import name_as
+
+README = (ROOT / "README.md").read_text()
+# Lines of code blocks, indented or fenced, and code within a line, where they are commands; a pipe in a table is escaped.
+COMMANDS = sorted({
+    line.strip() for line in re.findall(r"^(?: {4})?((?:accelerate|torchrun|python|bash) .*)$|`((?:accelerate|torchrun|python|bash) [^`]*)`", README, re.M)
+    for line in line if line
+})  # fmt: skip
+
+
+def fenced(language: str, marker: str) -> str:
+    """The one code block of a language that holds the marker."""
+    (found,) = (block for block in re.findall(rf"```{language}\n(.*?)```", README, re.S) if marker in block)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Links and commands.
+
+
+def test_links_lead_somewhere():
+    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.M)}  # fmt: skip
+    for text, target in re.findall(r"\[([^]]*)\]\(([^)]*)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+            if re.fullmatch(r"`\w+`", text):
+                name = text.strip("`")
+                assert re.search(rf"^(def|class) {name}\b", (ROOT / target).read_text(), re.M), f"{name} in {target}"
+
+
+def test_symbols_are_names_of_the_code():
+    """Every name in the table of symbols stands in the function that is said to make it."""
+    source = (ROOT / "virft.py").read_text()
+    defined = {
+        node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if hasattr(node, "name")
+    }
+    rows = re.findall(r"^\| .* \| ((?:`\w+`(?:, )?)+) \| .* \| (.*\(virft\.py\)) \|$", README, re.M)
+    assert len(rows) == 10
+    for names, functions in rows:
+        text = "".join(defined[function] for function in re.findall(r"`(\w+)`", functions))
+        assert all(re.search(rf"\b{name}\b", text) for name in re.findall(r"`(\w+)`", names)), names
+
+
+DEMOS = ("classification", "grounding", "multi-image", "mia-dpo")
+
+
+def parsed(command: str):
+    """The settings of a command of virft.py or mia_dpo.py, or of run.sh where that passes its flags on."""
+    words = [word for word in shlex.split(command, comments=True) if word not in ("...", "$again")]
+    if "mia_dpo.py" in words:
+        part, *flags = words[words.index("mia_dpo.py") + 1 :]
+        return {"build": mia_dpo.parse_build, "train": mia_dpo.parse_train}[part](flags)
+    flags = words[words.index("virft.py" if "virft.py" in words else "run.sh") + 1 :]
+    return virft.parse_config([word for word in flags if word != "demo" and word not in DEMOS])
+
+
+OURS = [command for command in COMMANDS if re.search(r"virft\.py --\w|mia_dpo\.py (build|train)|run\.sh --|run\.sh demo", command)]  # fmt: skip
+OURS = [command for command in OURS if "bench/" not in command]
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_the_flags_of_a_command_are_good(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parsed(command)
+
+
+def test_every_command_is_run_or_read_by_a_test():
+    """A command of the README that no test knows is one that nobody has tried."""
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
+    by_hand = ("accelerate config", "accelerate launch", "bash run.sh test", "python -c ")  # theirs; this; needs scipy
+    for command in sorted(set(COMMANDS) - set(OURS)):
+        if not command.startswith(by_hand):
+            script, part = re.fullmatch(r"(?:python|bash) (\S+) ?([a-z]*).*", command).groups()
+            stem = Path(script).stem
+            known = (
+                rf'run_sh\(house, "{part or "demo"}"'
+                if stem == "run"
+                else rf'"{stem}\.py"|^from bench import .*\b{stem}\b'
+            )
+            assert re.search(known, tests, re.M), command
+
+
+# ------------------------------------------------------------------------------------------------
+# Copy this.
+
+
+def test_the_parts_to_copy_stand_alone():
+    """In a process that sees these lines, what they are said to need, and nothing else of this project."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "copied.py"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip().endswith("rewards, advantages, loss, shared prefix"), (
+        done.stderr
+    )
+    bare = subprocess.run([sys.executable, "-I", "-S", ROOT / "tests" / "copied.py", "--rewards"], capture_output=True, text=True)  # fmt: skip
+    assert bare.returncode == 0, bare.stderr
+
+
+def test_the_table_of_parts_is_the_one_that_is_tried():
+    section = README.partition("## Copy this")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| (advantages|loss|shared prefix) \| (.*?) \|", section, re.M))
+    assert fenced("python", "from typing import Any, NamedTuple").split() == copied.HEADER.split()
+    assert {name: set(re.findall(r"`(\w+)`", row)) for name, row in rows.items()} == {
+        name: {*ours, *models} for name, (ours, models) in copied.PARTS.items()
+    }
+
+
+def test_the_lines_that_use_a_shared_prefix_are_the_ones_that_are_tried():
+    tried = (ROOT / "tests" / "copied.py").read_text()
+    lines = [line.partition("  #")[0] for line in fenced("python", "fork(prefill").splitlines()]
+    assert len(lines) == 4 and all(f"        {line}\n" in tried for line in lines)
+
+
+def adapter(tmp_path: Path, marker: str, call: str):
+    """What an adapter of the README returns, with rewards.py beside it and nothing else of this project."""
+    (tmp_path / "rewards.py").write_text((ROOT / "rewards.py").read_text())
+    (tmp_path / "adapter.py").write_text(fenced("python", marker) + f"\nimport json\nprint(json.dumps({call}))\n")
+    done = subprocess.run([sys.executable, "adapter.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+HALF = "<think>a</think><answer>[{'Position': [0, 0, 100, 40], 'Confidence': 0.75}]</answer>"
+
+
+def test_the_adapter_to_trl(tmp_path):
+    """TRL calls with prompts, completions and the columns of the dataset by name; chats or texts."""
+    chats, texts = [[{"role": "assistant", "content": HALF}]], [HALF, "nothing"]
+    boxes = [[0, 0, 100, 50]]
+    call = f"[boxes_in_the_image(prompts=None, completions={chats!r}, solution=[{boxes}], trainer_state=None), boxes_in_the_image(completions={texts!r}, solution=[{boxes}, []])]"
+    assert adapter(tmp_path, "GRPOTrainer", call) == [[pytest.approx(0.8 + 0.75 + 1)], [pytest.approx(2.55), 0.0]]
+
+
+def test_the_adapter_to_verl(tmp_path):
+    call = (
+        f"compute_score(data_source='coco', solution_str={HALF!r}, ground_truth='[[0, 0, 100, 50]]', extra_info={{}})"
+    )
+    assert adapter(tmp_path, "compute_score", call) == pytest.approx(2.55)
+
+
+# ------------------------------------------------------------------------------------------------
+# Teach it.
+
+
+def test_the_lesson_on_paper_is_right(tmp_path):
+    """The session of the second part, line by line."""
+    import doctest
+
+    session = fenced("pycon", ">>>")
+    test = doctest.DocTestParser().get_doctest(session, {}, "README", None, 0)
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    assert doctest.DocTestRunner(optionflags=flags, verbose=False).run(test).failed == 0
+
+
+@pytest.mark.parametrize("name", breakages.BREAKAGES)
+def test_a_breakage_is_the_one_that_the_readme_tells(name, tmp_path):
+    """Its line is in virft.py once, README shows the line in its place, and the copy is virft.py but for that."""
+    broken = breakages.BREAKAGES[name]
+    copy = breakages.broken_copy(broken, tmp_path).read_text()
+    lines = [(a, b) for a, b in zip((ROOT / "virft.py").read_text().splitlines(), copy.splitlines()) if a != b]
+    assert len(lines) == bool(broken.old) and len(copy.splitlines()) == len(
+        (ROOT / "virft.py").read_text().splitlines()
+    )
+    compile(copy, name, "exec")
+    if broken.against:
+        (row,) = re.findall(rf"^\| {name} \|.*$", README, re.M)
+        assert broken.new in row and all(f"--{flag} {value}" in row for flag, value in broken.flags.items())
+
+
+def test_breakages_train_and_draw(llava_dir, shapes_dir, tmp_path):
+    """The inverted clip and what it is compared with, two steps each; the same command trains nothing twice."""
+    out = tmp_path / "demo"
+    flags = {
+        "task": "coco", "data": shapes_dir, "model": llava_dir, "out": out / "train", "max_completion_tokens": 8, "group_size": 2,
+        "prompts_per_step": 2, "steps": 2, "workers": 0, "beta": 0, "lr": 1e-3, "rewards": ["iou=1", "format=1"],
+    }  # fmt: skip
+    virft_flags = [str(p) for n, v in flags.items() for p in (f"--{n}", *(v if isinstance(v, list) else [v]))]
+    (out / "train").mkdir(parents=True)
+    settings = virft.asdict(virft.parse_config(virft_flags))
+    (out / "train" / "config.json").write_text(json.dumps(settings))
+    command = [sys.executable, ROOT / "demo" / "breakages.py", "--out", out, "--seeds", "3", "--only", "clip inverted"]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    assert "clip inverted" in done.stdout and "%|" not in done.stderr, "the second time there is nothing left to train"
+    assert (out / "breakages.png").exists() and (out / "curves.png").exists() is False
+    for name in ("clip_inverted", "unbroken_4_inner_epochs"):
+        config = json.loads((out / "breakages" / name / "3" / "config.json").read_text())
+        assert config["inner_epochs"] == 4 and config["seed"] == 3
+
+
+# ------------------------------------------------------------------------------------------------
+# run.sh.
+
+
+@pytest.fixture
+def house(tmp_path) -> Path:
+    """The project in a folder of its own, its .venv being the environment of this test: what run.sh would have made."""
+    folder = tmp_path / "house"
+    (folder / ".venv").mkdir(parents=True)
+    for name in ("bin", "lib", "lib64", "pyvenv.cfg"):
+        if (Path(sys.prefix) / name).exists():
+            (folder / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    for name in ("run.sh", "requirements.txt", "demo", "bench", "tests", *(path.name for path in ROOT.glob("*.py"))):
+        (folder / name).symlink_to(ROOT / name)
+    summed = subprocess.run(["cksum"], stdin=(ROOT / "requirements.txt").open(), capture_output=True, text=True).stdout
+    for gpu in ("none", "nvidia"):
+        (folder / ".venv" / f"ready-{gpu}-{summed.strip().replace(' ', '')}").touch()
+    return folder
+
+
+def run_sh(house: Path, *argv, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(["bash", "run.sh", *map(str, argv)], cwd=house, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def test_reproduce_evaluates_trains_evaluates_and_goes_on(house, llava_dir, tmp_path):
+    """The command of the README on a small folder in COCO's layout with a tiny model; what was finished is not done twice."""
+    assert "bash run.sh reproduce --data DIR" in README
+    assert "--data DIR" in run_sh(house, "reproduce", "--model", "x", check=False).stderr
+    root = tmp_path / "coco"
+    for split in ("train", "val"):
+        shapes.write_split(root, split, 12, seed=0)
+    name_as(root, "fewshot8")
+    flags = ["--data", root, "--model", llava_dir, "--steps", "2", "--prompts_per_step", "2", "--max_completion_tokens", "8", "--workers", "0", "--lr", "1e-3", "--save_every", "1", "--keep_last", "2"]  # fmt: skip
+    first = run_sh(house, "reproduce", *flags).stdout
+    header, row, trained = (line for line in first.splitlines() if line.startswith("| ") and "---" not in line)
+    assert header.startswith("|  | mAP | ") and {"cat", "bed"} < set(header.split(" | "))
+    assert re.fullmatch(r"\| before( \| -?\d+\.\d)+ \|", row) and trained.startswith("| GRPO | ")
+    run = house / "runs" / "reproduce"
+    config = json.loads((run / "train" / "config.json").read_text())
+    paper = {
+        "group_size": 8,
+        "beta": 0.04,
+        "shots": 4,
+        "categories": "fewshot8",
+        "temperature": 1.0,
+        "max_pixels": 401408,
+    }
+    assert {name: config[name] for name in paper} == paper
+    defaults = virft.Config()
+    assert (defaults.lr, defaults.prompts_per_step, defaults.steps) == (1e-6, 16, 200)
+    assert json.loads((run / "after" / "config.json").read_text())["model"] == "runs/reproduce/train/model"
+    # As if training had failed in the second step, which leaves a model: it is finished from the checkpoint of the first.
+    (run / "train" / "finished").unlink()
+    shutil.rmtree(run / "train" / "checkpoints" / "step_000002")
+    evaluated_at = (run / "before" / "scores.json").stat().st_mtime_ns
+    again = run_sh(house, "reproduce", *flags)
+    assert again.stdout.splitlines()[-6:] == first.splitlines()[-6:] and "2 of 2 steps done" in again.stdout
+    assert (run / "before" / "scores.json").stat().st_mtime_ns == evaluated_at
+    assert [json.loads(line)["step"] for line in (run / "train" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    trained_at = (run / "train" / "metrics.jsonl").stat().st_mtime_ns
+    run_sh(house, "reproduce", *flags)
+    assert (run / "train" / "metrics.jsonl").stat().st_mtime_ns == trained_at
+    assert "was begun with" in run_sh(house, "reproduce", *flags, "--seed", "1", check=False).stderr
+
+
+def test_run_sh_says_what_there_is(house):
+    """An unknown word prints the lines at the top of run.sh, all of them."""
+    done = run_sh(house, "dmeo", check=False)
+    assert done.returncode == 2 and all(word in done.stdout for word in ("controls", "breakages", "reproduce", "your own training"))  # fmt: skip
+    assert "no demo detction" in run_sh(house, "demo", "detction", check=False).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["", "classification", "grounding", "multi-image"])
+def test_the_demos_run(house, family):
+    """Their commands, three steps long; what the figures are is the README's to say. Controls and breakages go on from the first."""
+    run_sh(house, "demo", *family.split(), "--steps", "3", "--picture_every", "0")
+    out = house / "runs" / ("demo" + (f"_{family.replace('-', '_')}" if family else ""))
+    assert json.loads((out / "summary.json").read_text()).keys() >= {"before", "after"}
+    if not family:
+        assert (out / "before_after.png").exists() and (out / "train" / "curves.png").exists()
+        assert "uniform resize" in run_sh(house, "controls").stdout
+        assert "G 2" in run_sh(house, "breakages", "--seeds", "0", "--only", "G 2").stdout
+        assert (out / "breakages.png").exists() and (out / "curves.png").exists()
+
+
+@pytest.mark.slow
+def test_the_mia_dpo_demo_runs_and_gains(house):
+    """As the README tells it: more right answers about one of several pictures, none lost about the only one."""
+    run_sh(house, "demo", "mia-dpo", "--seed", "0")
+    summary = json.loads((house / "runs" / "demo_mia_dpo" / "summary.json").read_text())
+    several, single = summary["accuracy, asked about one of several pictures"], summary["accuracy, asked about the only picture"]  # fmt: skip
+    assert several[2] > several[0] + 0.04 and single[2] > single[0] - 0.01
