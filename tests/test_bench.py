@@ -41,6 +41,12 @@ def small(**special: int):
     return transformers.Qwen2VLConfig(text_config=gpu.TEXT | text | rope, vision_config=vision, **special)
 
 
+@pytest.mark.slow
+def test_the_table_of_operations_is_what_the_command_prints():
+    done = subprocess.run([sys.executable, ROOT / "bench" / "flops.py"], capture_output=True, text=True)
+    assert done.stdout.count("\n") == 14 and done.stdout in (ROOT / "README.md").read_text(), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name,parameters", [("Qwen2-VL-2B", 2_208_985_600), ("Qwen2.5-VL-3B", 3_754_622_976)])
 def test_gpu_shapes_are_those_of_the_models(name, parameters):
     """As many parameters as the released checkpoints hold."""

@@ -190,7 +190,7 @@ def test_breakages_train_and_draw(llava_dir, shapes_dir, tmp_path):
     """The inverted clip and what it is compared with, two steps each; the same command trains nothing twice."""
     out = tmp_path / "demo"
     flags = {
-        "task": "coco", "data": shapes_dir, "model": llava_dir, "out": out / "train", "max_completion_tokens": 8, "group_size": 2,
+        "task": "coco", "data": shapes_dir, "model": llava_dir, "out": out / "train", "max_completion_tokens": 8, "group_size": 8,
         "prompts_per_step": 2, "steps": 2, "workers": 0, "beta": 0, "lr": 1e-3, "rewards": ["iou=1", "format=1"],
     }  # fmt: skip
     virft_flags = [str(p) for n, v in flags.items() for p in (f"--{n}", *(v if isinstance(v, list) else [v]))]
