@@ -80,6 +80,9 @@ def test_gpu_bench_measures_a_small_model(side, tmp_path, monkeypatch):
     row = gpu.table_rows("Qwen2-VL-2B", "6,2,2", [{side: result, "TRL": result}]).splitlines()[0]
     assert row.startswith(f"| Qwen2-VL-2B | {result['prompt']}, 6, 2, 2 | {side} |") and row.endswith("| 1.0 |")
     assert "| 50% |" in row and len(row.split("|")) == 13
+    result["phases"]["sample"] = 0.01
+    row = gpu.table_rows("Qwen2-VL-2B", "6,2,2", [{side: result}])
+    assert f" {6 * 2 * 2 / 0.01:,.0f} | 50% |" in row, "tokens a second: of all completions of all prompts"
 
 
 def test_gpu_bench_says_what_it_needs():

@@ -16,7 +16,7 @@ import copied
 import mia_dpo
 import virft
 from conftest import ROOT
-from demo import breakages, shapes
+from demo import breakages, report, shapes
 from test_tasks import name_as
 
 README = (ROOT / "README.md").read_text()
@@ -203,6 +203,10 @@ def test_breakages_train_and_draw(llava_dir, shapes_dir, tmp_path):
         assert done.returncode == 0, done.stderr
     assert "clip inverted" in done.stdout and "%|" not in done.stderr, "the second time there is nothing left to train"
     assert (out / "breakages.png").exists() and (out / "curves.png").exists() is False
+    record = out / "breakages" / "clip_inverted" / "3" / "trained.json"
+    record.write_text(record.read_text().replace('"0.001"', '"0.002"'))
+    assert "%|" in subprocess.run(command, capture_output=True, text=True).stderr, "of other flags: trained again"
+    assert '"0.002"' not in record.read_text()
     for name in ("clip_inverted", "unbroken_4_inner_epochs"):
         config = json.loads((out / "breakages" / name / "3" / "config.json").read_text())
         assert config["inner_epochs"] == 4 and config["seed"] == 3
@@ -265,14 +269,27 @@ def test_reproduce_evaluates_trains_evaluates_and_goes_on(house, llava_dir, tmp_
     (run / "train" / "finished").unlink()
     shutil.rmtree(run / "train" / "checkpoints" / "step_000002")
     evaluated_at = (run / "before" / "scores.json").stat().st_mtime_ns
+    first_step = (
+        (run / "train" / "metrics.jsonl").read_text().splitlines()[0]
+    )  # with its seconds: it is not taken again
     again = run_sh(house, "reproduce", *flags)
     assert again.stdout.splitlines()[-6:] == first.splitlines()[-6:] and "2 of 2 steps done" in again.stdout
     assert (run / "before" / "scores.json").stat().st_mtime_ns == evaluated_at
-    assert [json.loads(line)["step"] for line in (run / "train" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    metrics = (run / "train" / "metrics.jsonl").read_text().splitlines()
+    assert metrics[0] == first_step and [json.loads(line)["step"] for line in metrics] == [1, 2]
     trained_at = (run / "train" / "metrics.jsonl").stat().st_mtime_ns
     run_sh(house, "reproduce", *flags)
     assert (run / "train" / "metrics.jsonl").stat().st_mtime_ns == trained_at
     assert "was begun with" in run_sh(house, "reproduce", *flags, "--seed", "1", check=False).stderr
+
+
+def test_the_row_of_the_paper_is_in_percent(tmp_path):
+    for name, ap in (("before", 0.1964), ("after", 0.5)):
+        (tmp_path / name).mkdir()
+        scores = {"AP": ap, "categories": {"bus": {"AP": ap / 2}, "stop sign": {"AP": 0.7}}}
+        (tmp_path / name / "scores.json").write_text(json.dumps(scores))
+    table = report.paper_table({"base": tmp_path / "before", "GRPO": tmp_path / "after"}).splitlines()
+    assert table[0] == "|  | mAP | bus | stop sign |" and table[2:] == ["| base | 19.6 | 9.8 | 70.0 |", "| GRPO | 50.0 | 25.0 | 70.0 |"]  # fmt: skip
 
 
 def test_run_sh_says_what_there_is(house):
