@@ -86,10 +86,8 @@ class Parser(HfArgumentParser):
             self.group = self.add_argument_group(heading)
         if not self.group:  # --help itself
             return super().add_argument(*names, **settings)
-        if (
-            settings.get("action") == "store_false"
-        ):  # --no_x beside --x false: a second name, and a default that misleads
-            return None
+        if settings.get("action") == "store_false":
+            return None  # --no_x beside --x false: a second name, shown with a default that misleads
         if "type" in settings:
             settings["metavar"] = settings["type"].__name__.replace("string_to_bool", "bool").upper()
         return self.group.add_argument(names[0], **settings)
