@@ -269,8 +269,8 @@ def box_fit(prompts: Sequence[Prompt], texts: Sequence[str], task: Task, fit: Fi
 def doubts(facts: dict[str, float], in_force: str) -> list[str]:
     """What looks wrong in the facts of a check, each with what to do about it; an empty list if nothing does.
 
-    facts: parsed, truncated, empty_think, no_objects, true_no_objects, zero_variance_groups in [0, 1], and for tasks
-    with boxes "iou as relative" and "iou as pixels" (box_fit); in_force: which of the two the prompts state.
+    facts: parsed, truncated, empty_think (where thoughts are asked for), no_objects, true_no_objects, zero_variance_groups in
+    [0, 1], and for tasks with boxes "iou as relative" and "iou as pixels" (box_fit); in_force: which of the two the prompts state.
     """
     found = []
     if facts["parsed"] < 0.5:
@@ -291,7 +291,7 @@ def doubts(facts: dict[str, float], in_force: str) -> list[str]:
         found.append(
             "most groups have equal rewards, and teach nothing: raise --group_size, or take harder or easier data"
         )
-    if facts["empty_think"] > 0.9:
+    if facts.get("empty_think", 0) > 0.9:
         found.append("thoughts are empty: --think false costs less and may score as well")
     return found
 
@@ -333,6 +333,16 @@ def own_predictions(out: Path, process: int) -> Path:
 
 
 INDIFFERENT = ("overwrite", "workers", "eval_batch", "report_to")  # settings that change no answer
+
+
+def is_run_or_new(out: Path) -> bool:
+    """Whether `out` holds no config.json, or that of a run: model folders have one too, and must not be replaced by a run."""
+    try:
+        return "out" in json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
 
 
 def unfinished(out: Path, settings: dict) -> bool:
@@ -398,7 +408,9 @@ def write_evaluation(
         row = records[index]["row"]
         draw_record(task, open_image(examples[row].images[0]), records[index], out / "pictures" / f"{row:06d}.png")
     summary = {"protocol": protocol, "answers": len(records), **overall, "categories": each}
-    (out / "scores.json").write_text(json.dumps(summary, indent=2) + "\n")
+    aside = out / "scores.json.unfinished"  # scores.json says that the evaluation is finished
+    aside.write_text(json.dumps(summary, indent=2) + "\n")
+    aside.replace(out / "scores.json")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -386,8 +386,8 @@ def select(candidates: Sequence[dict], cfg: BuildConfig) -> list[dict]:
     judged = [candidate | {"dropped": flaw(candidate, cfg, limits)} for candidate in candidates]
     for c in judged:
         said = (c["number"], *c["rejected"].casefold().split())
-        if said in seen:
-            c["dropped"] = c["dropped"] or "repeated"
+        if said in seen and c["dropped"] in (None, "looked right"):  # as other selections would take it, too
+            c["dropped"] = "repeated"
         seen.add(said)
     eligible = [c for c in judged if c["dropped"] in (None, "looked right")]
     if cfg.selection != "attention":
@@ -734,6 +734,7 @@ def parse_build(argv: list[str]) -> BuildConfig:
         ("layer", cfg.layer is None or cfg.layer >= 0, "counted from 0"),
         ("out", cfg.out.endswith(".jsonl"), "a file NAME.jsonl"),
         ("out", not any(folder == path or folder in path.parents for path in used), "outside --data and --model: its folder is NAME"),
+        ("out", Path(cfg.out).resolve() not in used, "another file than --data"),
         *at_least_1(cfg, "cell", "max_completion_tokens", "batch"),
     ])  # fmt: skip
     return cfg

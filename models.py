@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -98,13 +99,17 @@ class CommonPromptLayer(DynamicLayer):
     def take_over(cls, layer: DynamicLayer) -> None:
         """Make a plain layer that holds B prompts one of these, with one completion, still empty, of each."""
         layer.__class__ = cls
-        layer.prompts = layer.keys, layer.values  # [B, heads, P, D]
+        layer.prompts = (
+            layer.keys.float(),
+            layer.values.float(),
+        )  # [B, heads, P, D]; in float32 once, not at every token
         layer.prompt = torch.arange(len(layer.keys), device=layer.keys.device)  # [N], of which prompt a completion is
+        layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
         layer.reorder_cache(layer.prompt)
 
     def reorder_cache(self, rows: Tensor) -> None:
         """The completions `rows` in place of those before."""
-        done = self.keys.shape[-2] if self.keys is not self.prompts[0] else 0
+        done = self.keys.shape[-2]
         self.prompt = self.prompt[rows]
         self.memory = tuple(F.pad(x[rows, :, :done], (0, 0, 0, self.ROOM)) for x in (self.keys, self.values))
         self.keys, self.values = (x[:, :, :done] for x in self.memory)
@@ -149,18 +154,20 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention of one new token of each completion to its prompt and to its own tokens, with transformers' signature.
 
-    query [N, H, 1, D]; key, value [N, heads, t, D], of a CommonPromptLayer; attention_mask [N, 1, 1, P + t], bool.
+    query [N, H, 1, D]; key, value [N, heads, t, D], of a CommonPromptLayer; attention_mask [N, 1, 1, P + t], bool. In float32, as
+    fused kernels keep their scores too: rounded to bf16 they would make the sampler another policy than the scorer.
     """
     layer, (keys, values) = key.layer, key.layer.prompts
     (heads, P, D), N = keys.shape[1:], len(query)
-    query = query.view(N, heads, -1, D)  # [N, heads, H / heads, D]: the queries that share a key
-    own = query @ key.mT
-    scores = torch.cat([layer.per_row(layer.per_prompt(query) @ keys.mT), own], -1) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    weights = scores.float().softmax(-1).to(value.dtype)
-    out = layer.per_row(layer.per_prompt(weights[..., :P]) @ values) + weights[..., P:] @ value
-    return out.reshape(N, 1, -1, D), None
+    with torch.autocast(query.device.type, enabled=False):
+        grouped = query.float().view(N, heads, -1, D)  # [N, heads, H / heads, D]: the queries that share a key
+        own = grouped @ key.float().mT
+        scores = torch.cat([layer.per_row(layer.per_prompt(grouped) @ keys.mT), own], -1) * scaling
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        weights = scores.softmax(-1)
+        out = layer.per_row(layer.per_prompt(weights[..., :P]) @ values) + weights[..., P:] @ value.float()
+    return out.reshape(N, 1, -1, D).to(query.dtype), None
 
 
 AttentionInterface.register("common_prompt", attend)
@@ -262,8 +269,10 @@ def frozen_dtype(device: torch.device) -> torch.dtype:
 
 def load_model(name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model in eval mode, which it never leaves: dropout would make sampler and scorer two policies."""
-    attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
     with loading("model", name):
+        architecture = getattr(transformers, (AutoConfig.from_pretrained(name, revision=revision).architectures or [""])[0], None)  # fmt: skip
+        flash = device.type == "cuda" and is_flash_attn_2_available() and getattr(architecture, "_supports_flash_attn", False)  # fmt: skip
+        attention = "flash_attention_2" if flash else "sdpa"  # some families, such as Mllama, have no flash attention
         model = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, dtype=dtype, attn_implementation=attention
         )
@@ -374,8 +383,11 @@ def save_model(model: nn.Module, processor, folder: Path, dtype: torch.dtype, ma
     """write_model, whole or not at all: an earlier folder of this name stays until the new one is complete."""
     new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
     if main:
-        for rest in (new, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():  # killed between the two renames below
+            old.rename(folder)
     write_model(model, processor, new, dtype, main)
     if main:
         if folder.exists():

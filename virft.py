@@ -57,6 +57,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -81,6 +82,9 @@ class Parser(HfArgumentParser):
 
     group = None
 
+    def __init__(self, *args, **settings):
+        super().__init__(*args, allow_abbrev=False, **settings)
+
     def add_argument(self, *names, heading: str | None = None, **settings):
         if heading:
             self.group = self.add_argument_group(heading)
@@ -100,6 +104,9 @@ class Parser(HfArgumentParser):
             meant = f"did you mean --{near[0]}? " if near else ""
             raise SystemExit(f"{' '.join(unknown)}: there is no such flag; {meant}--help lists them")
         return found
+
+
+CHECKED = 16  # examples that --check looks at
 
 
 @dataclass
@@ -179,7 +186,7 @@ class Config:
     workers: int = option(
         2, "processes per GPU that open and resize images ahead of the step", heading="Seeing what happens"
     )
-    check: bool = option(False, "sample answers to 16 examples, say what looks wrong, train nothing, and stop")
+    check: bool = option(False, f"sample answers to {CHECKED} examples, say what looks wrong, train nothing, and stop")
     eval_only: bool = option(False, "evaluate --model on the validation split and stop")
     eval_every: int = option(0, "evaluate every so many steps; 0: never")
     eval_limit: int | None = option(None, "evaluate on this many examples, chosen by seed, instead of all")
@@ -301,22 +308,26 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
 
 
+FLOAT32_BLOCK = 2**25  # numbers, 128 MiB
+
+
 def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of the tokens that were chosen, and the entropy of what they were chosen from (no gradient).
 
-    logits [N, C, V], ids [N, C]; both results [N, C] float32. Rows are done a few at a time, each recomputed in the
-    backward pass, so that no float32 tensor of all logits ever exists.
+    logits [N, C, V], ids [N, C]; both results [N, C] float32. Tokens are done FLOAT32_BLOCK numbers at a time, each block
+    recomputed in the backward pass, so that no float32 tensor of all logits ever exists.
     """
 
-    def rows(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logp = log_distribution(logits, temperature, forbidden)
         with torch.no_grad():
             entropy = torch.special.entr(logp.exp()).sum(-1)  # entr(0) = 0, where p * log p would be 0 * inf
         return logp.gather(-1, ids[..., None]).squeeze(-1), entropy
 
-    at_once = max(1, 2**25 // logits[0].numel())
-    parts = [checkpoint(rows, a, b, use_reentrant=False) for a, b in zip(logits.split(at_once), ids.split(at_once))]
-    return tuple(torch.cat(part) for part in zip(*parts))
+    at_once = max(1, FLOAT32_BLOCK // logits.shape[-1])
+    blocks = zip(logits.flatten(0, 1).split(at_once), ids.flatten().split(at_once))
+    parts = [checkpoint(tokens, *block, use_reentrant=False) for block in blocks]
+    return tuple(torch.cat(part).view_as(ids) for part in zip(*parts))
 
 
 class CompletionLogps(nn.Module):
@@ -356,6 +367,9 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return torch.expm1(d) - d  # never negative, unbiased for tokens of pi_theta; expm1 keeps the digits near d = 0
 
 
+LOSSES = ("grpo", "dr_grpo", "dapo")
+
+
 def token_weights(mask: Tensor, loss: str, max_completion_tokens: int) -> tuple[Tensor, Tensor]:
     """What each token's loss counts, [N, C], and what the sum is to be divided by: mean over what?
 
@@ -367,7 +381,7 @@ def token_weights(mask: Tensor, loss: str, max_completion_tokens: int) -> tuple[
     The divisor is this mask's share of it; the caller adds up the shares of all processes.
     """
     tokens = mask.sum(1, keepdim=True)
-    weight = {"grpo": 1.0 / tokens.clamp(min=1), "dr_grpo": 1.0 / max_completion_tokens, "dapo": 1.0}[loss]
+    weight = dict(zip(LOSSES, (1.0 / tokens.clamp(min=1), 1.0 / max_completion_tokens, 1.0)))[loss]
     divisor = tokens.sum() if loss == "dapo" else (tokens > 0).sum()
     return mask * weight, divisor
 
@@ -604,6 +618,11 @@ def out_rules(cfg: Any, *used: str, may_exist: bool) -> list[Rule]:
     out, paths = Path(cfg.out).resolve(), [Path(path).resolve() for flag in used if (path := getattr(cfg, flag))]
     right = "new: an earlier run is there; --resume true goes on with it, --overwrite true replaces it"
     return [
+        (
+            "out",
+            evaluate.is_run_or_new(out),
+            "another folder: config.json in it is not a run's, and will not be touched",
+        ),
         ("out", may_exist or not (out / "config.json").exists(), right),
         ("out", not any(out == path or out in path.parents for path in paths), f"outside --{', --'.join(used)}"),
     ]
@@ -615,10 +634,16 @@ def training_rules(cfg: Any, processes: int) -> list[Rule]:
         *at_least_1(cfg, "prompts_per_step", "prompts_per_forward", "keep_last"),
         ("prompts_per_step", cfg.prompts_per_step % processes == 0, f"a multiple of the {processes} processes"),
         ("lr", cfg.lr > 0, "above 0"),
+        ("warmup_steps", cfg.warmup_steps >= 0, "0 or a number of steps"),
+        ("beta2", 0 <= cfg.beta2 < 1, "at least 0 and below 1"),
+        ("weight_decay", cfg.weight_decay >= 0, "0 or more"),
+        ("max_grad_norm", cfg.max_grad_norm > 0, "above 0"),
+        ("workers", cfg.workers >= 0, "0 (none of its own) or a number of processes"),
+        ("min_pixels", 1 <= cfg.min_pixels <= cfg.max_pixels, "at least 1 and at most --max_pixels"),
         ("lora_rank", cfg.lora_rank >= 0, "0 (all weights) or a rank"),
         ("lora_rank", not (cfg.lora_rank and cfg.shard), "0 with --shard: adapters are small enough to be copied"),
         ("micro_batch", cfg.micro_batch >= 0, "0 (all at once) or a number of completions"),
-        ("save_every", cfg.save_every >= 0, "0 (never) or a number of steps"),
+        ("save_every", cfg.save_every >= 0, "0 (only when interrupted) or a number of steps"),
         ("resume", not (cfg.resume and cfg.overwrite), "without --overwrite"),
     ]
 
@@ -633,7 +658,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     obey(cfg, [
         ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),
         ("group_size", cfg.group_size >= 2, "at least 2: advantages compare completions of the same prompt"),
-        ("loss", cfg.loss in ("grpo", "dr_grpo", "dapo"), "grpo, dr_grpo or dapo"),
+        ("loss", cfg.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
         ("eval_categories", cfg.eval_categories in evaluate.ASKED, f"one of {', '.join(evaluate.ASKED)}"),
         ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
         ("temperature", cfg.temperature > 0, "above 0; evaluation is greedy anyway"),
@@ -643,7 +668,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
         ("eps_high", cfg.eps_high >= 0, "0 or more"),
         ("iou_threshold", 0 <= cfg.iou_threshold < 1, "at least 0 and below 1"),
         ("shots", cfg.shots is None or cfg.shots >= 1, "at least 1"),
+        ("eval_every", cfg.eval_every >= 0, "0 (never) or a number of steps"),
+        ("picture_every", cfg.picture_every >= 0, "0 (never) or a number of steps"),
         ("resume", not (cfg.resume and evaluates), "without --eval_only and --ask"),
+        ("check", not (cfg.check and evaluates), "without --eval_only and --ask"),
         *training_rules(cfg, 1 if evaluates else launched()),  # an evaluation shares out whatever there is
     ])  # fmt: skip
     if not cfg.ask:
@@ -658,7 +686,12 @@ def rewards_of(cfg: Config) -> dict[str, tuple[Any, float]]:
     """What --rewards asks for, or the task's own: {name: (reward(completion, solution), weight)}."""
     try:
         weights = reward_weights(cfg.rewards) or data.TASKS[cfg.task].rewards
-        return choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
+        chosen = choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
+        if taken := chosen.keys() & {"step", "id", "completion", "reward", "advantage", "tokens", "std"}:
+            raise ValueError(
+                f"a column of rollouts.jsonl or metrics.jsonl has the name {', '.join(taken)}: rename yours"
+            )
+        return chosen
     except ValueError as error:
         raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: {error}") from None
 
@@ -847,7 +880,8 @@ def describe(run: Run) -> str:
         if too_long := sum(tokens >= cfg.max_completion_tokens for tokens in answers):
             lines.append(
                 f"{too_long} of {len(answers)} examples have an answer that does not fit in --max_completion_tokens "
-                f"{cfg.max_completion_tokens} (the longest: {max(answers)} tokens); --max_boxes leaves them out"
+                f"{cfg.max_completion_tokens} (the longest: {max(answers)} tokens): raise it"
+                + (", or leave them out by --max_boxes" if run.prompts.task.boxes else "")
             )
     lines.append(
         f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({first.example.coordinates or run.prompts.coordinates})"
@@ -960,13 +994,13 @@ def train(
             save_result(run)
             print(f"an error ended training; the model as it was is in {out / 'model'}", file=sys.stderr)
         raise
-    if run.accelerator.is_main_process:
-        evaluate.plot_curves([out / "metrics.jsonl"], out / "curves.png")
     if step < cfg.steps:
         run.say(f"{step} of {cfg.steps} steps done; --resume true goes on from {models.checkpoint_folder(out, step)}")
     else:
-        save_result(run)
+        save_result(run)  # before anything that may fail
         run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}")
+    if run.accelerator.is_main_process:
+        evaluate.plot_curves([out / "metrics.jsonl"], out / "curves.png")
 
 
 def save_result(run: Run) -> None:
@@ -1041,6 +1075,7 @@ def train_steps(
         if interrupted:
             break
     bar.close()
+    stop.over()
     return step
 
 
@@ -1054,8 +1089,12 @@ class StopAtSignal:
     def __init__(self):
         self.requested = False
         self.process = os.getpid()  # workers of the loader inherit the handler, and leave the signal to us
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request)
+        self.before = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def over(self) -> None:
+        """What comes after the steps is interrupted as ever."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def request(self, number: int, frame) -> None:
         if not self.requested and os.getpid() == self.process:
@@ -1131,15 +1170,14 @@ def ask(run: Run) -> None:
         run.say(f"{example.category}: {text}\n  drawn in {path}")
 
 
-CHECKED = 16  # examples that --check looks at
-
-
 def check_facts(run: Run, chosen: list[Prompt], rollouts: list[Rollout]) -> dict[str, float]:
     """What --check prints and evaluate.doubts judges, over all answers to the chosen examples."""
     prompts, task = run.prompts, run.prompts.task
     texts, lengths = [text for ro in rollouts for text in ro.texts], torch.cat([ro.mask.sum(1) for ro in rollouts])
     rewards = torch.cat([ro.rewards for ro in rollouts])
     facts = evaluate.answer_shares(texts, task.parse)
+    if not run.cfg.think:
+        del facts["empty_think"]
     facts["truncated"] = float(torch.cat([ro.truncated for ro in rollouts]).float().mean())
     facts["zero_variance_groups"] = float((rewards == rewards[:, :1]).all(1).float().mean())
     facts["true_no_objects"] = sum(p.example.solution == () for p in chosen) / len(chosen)
@@ -1150,7 +1188,8 @@ def check_facts(run: Run, chosen: list[Prompt], rollouts: list[Rollout]) -> dict
         facts["true boxes"] = sum(len(data.boxes_in(p.example.solution)) for p in chosen) / len(chosen)
     facts |= {f"reward {name}": float(torch.cat([ro.parts[name] for ro in rollouts]).mean()) for name in run.rewards}
     facts |= {"tokens, mean": float(lengths.float().mean()), "tokens, most": float(lengths.max())}
-    moments = 8 * sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    trained = [p for p in run.policy.parameters() if p.requires_grad]
+    moments = 8 * sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained)
     facts["peak memory, GB, with the optimizer's moments"] = (models.peak_memory(run.device) + moments) / 1e9
     return facts
 
@@ -1161,6 +1200,8 @@ def check(run: Run) -> None:
     order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))
     chosen = data.whole([prompts[slot, index] for slot, index in enumerate(order)])
     size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of loading, before shards were shared out
     rollouts = [rollout(run, chosen[at : at + size], 1) for at in range(0, len(chosen), size)]
     first = rollouts[0]
     B = min(cfg.prompts_per_forward, len(first.prompts))
@@ -1222,12 +1263,12 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.check:
             check(run)
             return finish(run)
+        held_out = load_examples(cfg, "val") if cfg.eval_every and not cfg.eval_only else ()
         open_out(run, setup)
         if cfg.eval_only:
             evaluate_model(run, run.prompts.examples, Path(cfg.out))
         else:
-            shown = (*(f"reward_{name}" for name in run.rewards), "kl", "completion_tokens")
-            train(run, grpo_step, shown, held_out=load_examples(cfg, "val") if cfg.eval_every else ())
+            train(run, grpo_step, (*(f"reward_{name}" for name in run.rewards), "kl", "completion_tokens"), held_out)
         finish(run)
     except DataError as error:
         raise SystemExit(f"data: {error}") from None

@@ -77,15 +77,14 @@ def make_processor(shape: str, tokenizer):
     )  # fmt: skip
 
 
-def write_model(shape: str, folder: Path, device: str) -> None:
+def write_model(shape: str, folder: Path) -> None:
     """A model folder as it would come from the hub: bf16, whole processor."""
     tokenizer = make_tokenizer()
     config = SHAPES[shape](**special_ids(tokenizer))
     text = config.get_text_config()
     text.bos_token_id, text.eos_token_id, text.pad_token_id = None, tokenizer.eos_token_id, tokenizer.pad_token_id
     torch.manual_seed(0)
-    with torch.device(device):
-        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     make_processor(shape, tokenizer).save_pretrained(folder)
 
@@ -161,7 +160,7 @@ def main() -> None:
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
             shapes.write_split(Path(folder) / "data", "train", 40, seed=0)
-            write_model(shape, Path(folder) / "model", "cpu")  # this process holds nothing of the GPU's memory
+            write_model(shape, Path(folder) / "model")  # on the CPU: this process holds nothing of the GPU's memory
             for case in args.cases:
                 argv = ("--cases", case, "--steps", args.steps, "--folder", folder)
                 rounds = [

@@ -14,13 +14,19 @@ Bytes at the peak of the training pass, with T trained and F frozen parameters o
 
 Activations that autograd keeps, counted on Qwen2-VL layers under bf16 autocast (tests/test_scale.py checks the count):
 37 h + 8 f bytes per token and text layer (h hidden size, f width of the MLP), 47 d per patch and vision block. A
-frozen vision tower keeps none. Sharding also gathers, for sampling, all weights of one model on each process: 4 T.
+frozen vision tower keeps none. Sharding also gathers, for sampling, all weights of one model and their bf16 copies on each
+process, 6 T, and before that each process loads the whole model and reads one prompt with it.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from virft import FLOAT32_BLOCK  # noqa: E402
 
 TEXT_H, TEXT_F, VISION_D = 37, 8, 47
-LOG_SOFTMAX = 4 * 4 * 2**25
+LOG_SOFTMAX = 4 * 4 * FLOAT32_BLOCK
 GB = 1e9
 
 
@@ -61,7 +67,7 @@ def gigabytes(
     reference = shape.parameters if beta and not lora else 0
     n = processes if shard else 1
     states = (16 * trained + (4 if shard else 2) * frozen + 2 * reference) / n
-    gathered = 4 * trained if shard else 0
+    gathered = (4 + 2) * trained if shard else 0  # and their bf16 copies
     patches = max_pixels // 14**2
     prompt_tokens = patches // 4 + 110  # our detection prompt has about 110 tokens of text
     prompt = text_activations(shape, prompt_tokens)
@@ -71,7 +77,8 @@ def gigabytes(
     completions = rows * (
         text_activations(shape, C) + 4 * shape.vocabulary * C + 4 * shape.kv * shape.layers * (2 * prompt_tokens + C)
     )
-    return (max(states + 2 * trained + prompt + completions, states + gathered) + LOG_SOFTMAX) / GB
+    whole = 4 * (trained + frozen) + prompt if shard else 0  # at the start, until shards are shared out
+    return (max(states + 2 * trained + prompt + completions, states + gathered, whole) + LOG_SOFTMAX) / GB
 
 
 ROWS = (

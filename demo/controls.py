@@ -1,6 +1,6 @@
 """What the demo's gain is compared with; needs a finished `bash run.sh` (about 4 minutes on two cores).
 
-    bash run.sh controls                             # or: python demo/controls.py --out runs/demo --steps 400 --seed 0
+    bash run.sh controls                             # or: python demo/controls.py --out runs/demo --seed 0
 
   uniform resize   every box of the untrained model, scaled about its center by the one best factor
   per category     the best shift and scale of its boxes for each category: more than a person would correct by hand

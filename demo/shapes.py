@@ -1,6 +1,6 @@
 """Pictures of colored shapes, written to disk in the ordinary layout of each family of tasks.
 
-    python demo/shapes.py --out demo/data                    # 2000 training and 240 held-out pictures, seconds
+    python demo/shapes.py --out demo/data                    # 2000 training and 400 held-out pictures, seconds
     python demo/shapes.py classification --out demo/data     # the same for another family
 
   detection        a COCO folder: one or two objects of an asked category among distractors

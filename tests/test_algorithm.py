@@ -394,7 +394,7 @@ def test_every_setting_is_read():
 
 WRONG = {
     "--task moon": "one of coco",
-    "--loss ppo": "grpo, dr_grpo or dapo",
+    "--loss ppo": "one of grpo, dr_grpo, dapo",
     "--temperature 0": "above 0",
     "--steps 0": "at least 1",
     "--beta -1": "0 or more",

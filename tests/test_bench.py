@@ -69,7 +69,7 @@ def test_gpu_bench_measures_a_small_model(side, tmp_path, monkeypatch):
     for changed in ("prefill", "fork"):  # the repeated side replaces them, in a process of its own
         monkeypatch.setattr(gpu.vs_trl.virft, changed, getattr(gpu.vs_trl.virft, changed))
     shapes.write_split(tmp_path / "data", "train", 4, seed=0)
-    gpu.write_model("Qwen2-VL-2B", tmp_path / "model", "cpu")
+    gpu.write_model("Qwen2-VL-2B", tmp_path / "model")
 
     class Meter(vs_trl.Meter):
         def read(self):
