@@ -78,12 +78,9 @@ def option(default: Any, help: str, heading: str | None = None) -> Any:
 
 
 class Parser(HfArgumentParser):
-    """Flags from dataclasses of `option` fields, under their headings; each has one name, and shows its type."""
+    """Flags from dataclasses of `option` fields, under their headings; each has one name, which may be cut short, and shows its type."""
 
     group = None
-
-    def __init__(self, *args, **settings):
-        super().__init__(*args, allow_abbrev=False, **settings)
 
     def add_argument(self, *names, heading: str | None = None, **settings):
         if heading:

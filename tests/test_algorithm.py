@@ -401,6 +401,15 @@ WRONG = {
     "--coordinates inches": "auto, relative or pixels",
     "--eval_only true --lr -1": "above 0",
     "--ask x.png": "--categories",
+    "--warmup_steps -1": "0 or a number",
+    "--max_grad_norm 0": "above 0",
+    "--beta2 1": "below 1",
+    "--weight_decay -1": "0 or more",
+    "--workers -1": "0 .none of its own.",
+    "--eval_every -5": "0 .never.",
+    "--picture_every -5": "0 .never.",
+    "--max_pixels 100": "at most --max_pixels",
+    "--check true --eval_only true": "without --eval_only",
 }
 
 
@@ -454,6 +463,47 @@ def test_prompts_in_common_give_the_logits_of_copies(name, monkeypatch):
         for one, other in zip(logits(True), logits(False), strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert model.config.get_text_config()._attn_implementation == "sdpa", "and is put back"
+
+
+@pytest.mark.parametrize("largest", [5.0, 30.0])
+def test_attention_in_sampling_is_not_rounded_under_autocast(largest):
+    """Scores as large as trained models have them, against float64: as exact as the values' own rounding to bf16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    from transformers.cache_utils import DynamicCache
+
+    cache, (N, H, heads, P, D) = DynamicCache(), (4, 4, 2, 30, 16)
+    cache.update(tensor(2, heads, P, D), tensor(2, heads, P, D).bfloat16(), 0)
+    (layer,) = cache.layers
+    prompt_keys, prompt_values, rows = layer.keys, layer.values, torch.arange(N) // 2
+    query = tensor(N, H, 1, D)
+    models.CommonPromptLayer.take_over(layer)
+    layer.reorder_cache(rows)
+    new_keys, new_values = tensor(N, heads, 1, D), tensor(N, heads, 1, D).bfloat16()
+    keys, values = (torch.cat([a[rows], b], 2).repeat_interleave(H // heads, 1).double() for a, b in ((prompt_keys, new_keys), (prompt_values, new_values)))  # fmt: skip
+    scores = query.double() @ keys.mT
+    scaling = largest / float(scores.abs().max())
+    exact = ((scores * scaling).softmax(-1) @ values).transpose(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = models.attend(None, query, *layer.update(new_keys, new_values), None, scaling)
+    assert (out - exact).abs().max() / exact.abs().max() < 1e-5
+
+
+def test_log_probabilities_do_not_depend_on_blocks(monkeypatch):
+    """[13] However few numbers are float32 at once, also where one completion alone has more."""
+    logits, ids = torch.randn(3, 7, 40, requires_grad=True), torch.randint(0, 40, (3, 7))
+    forbidden = torch.tensor([5])
+    whole, entropy = virft.token_logps(logits, ids, 1.3, forbidden)
+    (gradient,) = torch.autograd.grad(whole.sum(), logits)
+    sizes, plain = [], virft.log_distribution
+    monkeypatch.setattr(virft, "log_distribution", lambda x, *settings: sizes.append(x.numel()) or plain(x, *settings))
+    monkeypatch.setattr(virft, "FLOAT32_BLOCK", 100)
+    parts, entropies = virft.token_logps(logits, ids, 1.3, forbidden)
+    assert torch.equal(parts, whole) and torch.equal(entropies, entropy) and max(sizes) == 80
+    assert torch.equal(torch.autograd.grad(parts.sum(), logits)[0], gradient)
 
 
 def test_the_cache_of_a_rollout_is_freed_without_the_cycle_collector():

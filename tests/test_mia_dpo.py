@@ -577,10 +577,19 @@ def test_selection_by_lot_takes_as_many_of_each_layout_among_the_same_answers():
 def test_an_answer_that_is_sampled_twice_becomes_one_pair():
     twice = [GOOD, GOOD | {"rejected": "A blue  square"}, GOOD | {"number": 1}]
     assert [c["dropped"] for c in mia_dpo.select(twice, BuildConfig())] == [None, "repeated", None]
+    looked = [c | {"ratio": 0.99} for c in twice]
+    assert [c["dropped"] for c in mia_dpo.select(looked, BuildConfig(selection="none"))] == [None, "repeated", None]
 
 
 # ------------------------------------------------------------------------------------------------
 # The commands.
+
+
+def test_pairs_never_replace_the_questions(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    argv = ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "rows.jsonl", "--overwrite", "true"]
+    with pytest.raises(SystemExit, match="--out .*: must be another file than --data"):
+        mia_dpo.parse_build(list(map(str, argv)))
 
 
 def rows_of(file) -> list[dict]:

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
+import evaluate
 import mia_dpo
 import models
 import virft
@@ -200,6 +201,47 @@ def test_an_error_in_the_middle_leaves_the_model(llava_dir, shapes_dir, tmp_path
     AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model")
 
 
+def small_run(shapes_dir, llava_dir, out, **more) -> list[str]:
+    flags = SMALL | {"steps": 1, "workers": 0, "max_completion_tokens": 4, "beta": 0} | more
+    return command(**flags, data=shapes_dir, model=llava_dir, out=out)
+
+
+def test_the_model_is_saved_before_anything_is_drawn(llava_dir, shapes_dir, tmp_path, monkeypatch):
+    """And once the steps are done, Ctrl-C means what it meant before."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def no_space(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(evaluate, "plot_curves", no_space)
+    with pytest.raises(OSError, match="No space"):
+        virft.main(small_run(shapes_dir, llava_dir, tmp_path / "run"))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_model_that_was_being_replaced_is_not_lost(llava_dir, tmp_path):
+    """Killed between its two renames, save_model had moved the earlier model aside; then the next save fails."""
+    shutil.copytree(llava_dir, tmp_path / "model.old")
+    with pytest.raises(AttributeError):
+        models.save_model(None, None, tmp_path / "model", torch.float32, True)
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+
+
+def test_what_is_no_run_is_never_overwritten(llava_dir, shapes_dir, tmp_path):
+    """A model folder has a config.json, too; and an earlier run goes only once all has been read."""
+    folder = shutil.copytree(llava_dir, tmp_path / "precious")
+    with pytest.raises(SystemExit, match="--out .*: must be another folder: config.json in it is not a run's"):
+        virft.main(small_run(shapes_dir, llava_dir, folder, overwrite="true"))
+    assert (folder / "model.safetensors").exists()
+    data_only, out = shutil.copytree(shapes_dir, tmp_path / "data"), tmp_path / "run"
+    virft.main(small_run(shapes_dir, llava_dir, out))
+    (data_only / "annotations" / "instances_val.json").unlink()
+    with pytest.raises(SystemExit, match="data: "):
+        virft.main(small_run(data_only, llava_dir, out, overwrite="true", eval_every=1))
+    assert (out / "model" / "model.safetensors").exists()
+
+
 def test_tied_bf16_models_are_saved_as_they_came(llava_dir, shapes_dir, tmp_path):
     """Trained in float32, saved in bf16, the tied matrix once, and the configuration says so."""
     model = AutoModelForImageTextToText.from_pretrained(llava_dir, dtype=torch.bfloat16)
@@ -260,6 +302,8 @@ def test_check_says_what_looks_wrong_and_trains_nothing(shapes_dir, tmp_path, ca
     printed = capsys.readouterr().out
     assert "USER: <image> x 16" in printed and "coordinates in force: relative" in printed
     assert "nothing looks wrong" in printed and "LOOKS WRONG" not in printed
+    virft.main(command(**flags, max_completion_tokens=48, think="false", out=tmp_path / "thoughtless"))
+    assert "empty_think" not in (said := capsys.readouterr().out) and "thoughts are empty" not in said
     assert [f.name for f in (tmp_path / "good").iterdir()] == ["check.png"]
 
     def as_learned(task, example, seen_size, coordinates, think):

@@ -1,6 +1,7 @@
 """Every task: its reader on its layout, its prompt, its score on perfect answers, and two steps of training with it."""
 
 import json
+import pickle
 import re
 import signal
 from collections import Counter
@@ -601,6 +602,7 @@ BAD_REWARDS = {  # what is wrong: (entry, what the error must say)
     "no weight": ("iou=", "the weight of iou= is not a number; name=weight expected"),
     "infinite weight": ("iou=inf", "the weight of iou=inf is not a number"),
     "twice": ("iou iou=2", "iou is named twice"),
+    "a column's name": ("iou mine.py:reward", "has the name reward: rename yours"),
     "two of a name": ("iou mine.py:iou", "two rewards are called iou"),
     "unknown": ("iuo", "unknown reward iuo; known are iou.*file.py:function"),
 }  # fmt: skip
@@ -610,6 +612,7 @@ def one(completion): return 1.0
 def three(completion, solution, image): return 1.0
 def good(completion, solution, think=True): return float(think)
 def iou(completion, solution): return 1
+def reward(completion, solution): return 1
 def nothing_at_all(completion, solution): pass
 def not_a_number(completion, solution): return float("nan")
 """
@@ -640,6 +643,12 @@ def test_rows_need_rows(tmp_path):
     for name in ("rows", "lisa"):
         with pytest.raises(DataError, match=f"--task {name} has no released dataset: --data names yours"):
             data.load_examples(TASKS[name], None, "train")
+
+
+def test_tasks_can_be_handed_to_spawned_workers():
+    assert {name: pickle.loads(pickle.dumps(task)).name for name, task in TASKS.items()} == {
+        name: name for name in TASKS
+    }
 
 
 # ------------------------------------------------------------------------------------------------
