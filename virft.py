@@ -966,10 +966,8 @@ def rollout_metrics(run: Run, ro: Rollout, metrics: Averages) -> None:
 
 def rollout_records(ro: Rollout, step: int) -> list[dict]:
     """One line of rollouts.jsonl per completion."""
-    G, columns = (
-        ro.rewards.shape[1],
-        {"reward": ro.rewards, **ro.parts, "advantage": ro.advantages, "tokens": ro.mask.sum(1)},
-    )
+    G = ro.rewards.shape[1]
+    columns = {"reward": ro.rewards, **ro.parts, "advantage": ro.advantages, "tokens": ro.mask.sum(1)}
     numbers = {name: [round(value, 4) for value in values.flatten().tolist()] for name, values in columns.items()}
     return [
         {"step": step, "id": ro.prompts[i // G].example.id, "completion": text}
@@ -982,9 +980,9 @@ def train(
     run: Run, take_step: Callable[..., list[dict]], shown: Sequence[str], held_out: Sequence[Example] = ()
 ) -> None:
     """`train_steps`, then save the model and draw the curves; after Ctrl-C there is a checkpoint to go on from."""
-    cfg, out = run.cfg, Path(run.cfg.out)
+    cfg, out, stop = run.cfg, Path(run.cfg.out), StopAtSignal()
     try:
-        step = train_steps(run, take_step, shown, held_out)
+        step = train_steps(run, take_step, shown, held_out, stop)
     except Exception:
         # Shards cannot be gathered here: the other processes may not have failed.
         if run.accelerator.is_main_process and (out / "metrics.jsonl").exists() and not cfg.shard:
@@ -996,6 +994,7 @@ def train(
     else:
         save_result(run)  # before anything that may fail
         run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}")
+    stop.over()
     if run.accelerator.is_main_process:
         evaluate.plot_curves([out / "metrics.jsonl"], out / "curves.png")
 
@@ -1032,8 +1031,8 @@ def save_state(run: Run, step: int) -> None:
 
 
 def train_steps(
-    run: Run, take_step: Callable[..., list[dict]], shown: Sequence[str], held_out: Sequence[Example]
-) -> int:
+    run: Run, take_step: Callable[..., list[dict]], shown: Sequence[str], held_out: Sequence[Example], stop: "StopAtSignal"
+) -> int:  # fmt: skip
     """The loop of any method: take a step, write it down; evaluate and save now and then. Returns the last step's number.
 
     take_step(run, prompts, step, metrics) -> rows for rollouts.jsonl; shown: metrics beside the progress bar; held_out:
@@ -1043,7 +1042,7 @@ def train_steps(
     if cfg.report_to:
         accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     skipped: set[str] = set()
-    stop, step = StopAtSignal(), run.checkpoint.step if run.checkpoint else 0
+    step = run.checkpoint.step if run.checkpoint else 0
     bar = tqdm(
         prompt_stream(run, step), initial=step, total=cfg.steps, disable=not accelerator.is_main_process, dynamic_ncols=True
     )  # fmt: skip
@@ -1072,7 +1071,6 @@ def train_steps(
         if interrupted:
             break
     bar.close()
-    stop.over()
     return step
 
 
@@ -1089,7 +1087,7 @@ class StopAtSignal:
         self.before = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def over(self) -> None:
-        """What comes after the steps is interrupted as ever."""
+        """Everything is saved: what comes now is interrupted as ever."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
