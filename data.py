@@ -50,6 +50,8 @@ class DataError(ValueError):
 # Coordinates. A convention is only the size that the model takes an image to have: 1000 x 1000
 # whatever the image ("relative"), or the pixels of the image as the model sees it ("pixels").
 
+CONVENTIONS = ("relative", "pixels")
+
 # By config.model_type, as the families' own documentation has it: model cards and cookbooks of Qwen, InternVL's "Chat Data
 # Format", GLM-V's README. Not listed, and announced when such a model is loaded: families that document no convention
 # (Gemma 3, Idefics3, SmolVLM, Pixtral, Mllama) or one that is neither (PaliGemma's location tokens, y first;

@@ -447,7 +447,10 @@ def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
     draw_record(task, open_image(prompt.example.images[0]), r, path)
 
 
-def plot_curves(runs: Sequence[Path], path: Path, window: int = 20) -> None:
+WINDOW = 20  # steps over which curves are smoothed
+
+
+def plot_curves(runs: Sequence[Path], path: Path) -> None:
     """curves.png from the metrics.jsonl of one run, or of several that differ in their seed: a line each, smoothed."""
     import matplotlib
 
@@ -469,11 +472,11 @@ def plot_curves(runs: Sequence[Path], path: Path, window: int = 20) -> None:
                 steps = [row["step"] for row in rows if name in row]
                 values = np.array([row[name] for row in rows if name in row])
                 if len(values):
-                    width = min(window, len(values))
+                    width = min(WINDOW, len(values))
                     smooth = np.convolve(values, np.ones(width) / width, "valid")
                     axis.plot(steps[width - 1 :], smooth, color=f"C{color}", label=label, linewidth=1.3)
                     label = None  # once, however many runs there are
-        axis.set_xlabel(f"step (mean of {window})")
+        axis.set_xlabel(f"step (mean of {WINDOW})")
         if axis.lines:
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

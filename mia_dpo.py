@@ -728,7 +728,7 @@ def parse_build(argv: list[str]) -> BuildConfig:
         ("layouts", mix and mix.keys() <= LAYOUTS.keys() and min(mix.values()) > 0, f"weights above 0 of {', '.join(LAYOUTS)}"),
         ("limits", limits.keys() <= LAYOUTS.keys(), f"shares, of {', '.join(LAYOUTS)}"),
         ("selection", cfg.selection in ("attention", "random", "none"), "attention, random or none"),
-        ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
+        ("coordinates", cfg.coordinates in ("auto", *data.CONVENTIONS), f"auto, {' or '.join(data.CONVENTIONS)}"),
         ("temperature", cfg.temperature > 0, "above 0"),
         ("answers", cfg.answers >= 0, "0 (questions only) or more"),
         ("layer", cfg.layer is None or cfg.layer >= 0, "counted from 0"),

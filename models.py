@@ -270,9 +270,10 @@ def frozen_dtype(device: torch.device) -> torch.dtype:
 def load_model(name: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model in eval mode, which it never leaves: dropout would make sampler and scorer two policies."""
     with loading("model", name):
-        architecture = getattr(transformers, (AutoConfig.from_pretrained(name, revision=revision).architectures or [""])[0], None)  # fmt: skip
-        flash = device.type == "cuda" and is_flash_attn_2_available() and getattr(architecture, "_supports_flash_attn", False)  # fmt: skip
-        attention = "flash_attention_2" if flash else "sdpa"  # some families, such as Mllama, have no flash attention
+        architectures = AutoConfig.from_pretrained(name, revision=revision).architectures or [""]
+        able = getattr(getattr(transformers, architectures[0], None), "_supports_flash_attn", False)  # Mllama is not
+        flash = able and device.type == "cuda" and is_flash_attn_2_available()
+        attention = "flash_attention_2" if flash else "sdpa"
         model = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, dtype=dtype, attn_implementation=attention
         )

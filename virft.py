@@ -657,7 +657,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         ("group_size", cfg.group_size >= 2, "at least 2: advantages compare completions of the same prompt"),
         ("loss", cfg.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
         ("eval_categories", cfg.eval_categories in evaluate.ASKED, f"one of {', '.join(evaluate.ASKED)}"),
-        ("coordinates", cfg.coordinates in ("auto", "relative", "pixels"), "auto, relative or pixels"),
+        ("coordinates", cfg.coordinates in ("auto", *data.CONVENTIONS), f"auto, {' or '.join(data.CONVENTIONS)}"),
         ("temperature", cfg.temperature > 0, "above 0; evaluation is greedy anyway"),
         *at_least_1(cfg, "steps", "inner_epochs", "max_completion_tokens", "eval_batch"),
         ("beta", cfg.beta >= 0, "0 or more"),
@@ -1177,7 +1177,7 @@ def check_facts(run: Run, chosen: list[Prompt], rollouts: list[Rollout]) -> dict
     facts["zero_variance_groups"] = float((rewards == rewards[:, :1]).all(1).float().mean())
     facts["true_no_objects"] = sum(p.example.solution == () for p in chosen) / len(chosen)
     if task.boxes:
-        for convention in ("relative", "pixels"):
+        for convention in data.CONVENTIONS:
             facts[f"iou as {convention}"] = evaluate.box_fit(chosen, texts, task, prompts.fit, convention)
         facts["boxes per answer"] = sum(len(data.boxes_in(task.parse(text) or [])) for text in texts) / len(texts)
         facts["true boxes"] = sum(len(data.boxes_in(p.example.solution)) for p in chosen) / len(chosen)

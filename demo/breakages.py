@@ -21,9 +21,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
+from evaluate import WINDOW  # noqa: E402
 from demo.controls import flags  # noqa: E402
 
-WINDOW = 20  # steps over which curves are smoothed
 FILES = ("virft.py", "rewards.py", "data.py", "evaluate.py", "models.py")
 
 

@@ -242,6 +242,22 @@ def test_a_missing_package_is_named_in_one_line(error, remedy):
 
 
 @shared("qwen2_5_vl_processor")
+@pytest.mark.parametrize("name, expected", [("LLaVA", "flash_attention_2"), ("Mllama", "sdpa")])
+def test_flash_attention_is_asked_only_of_families_that_have_it(name, expected, tmp_path, monkeypatch):
+    families.model(name).save_pretrained(tmp_path)
+    asked = []
+
+    def from_pretrained(*_, attn_implementation, **__):
+        asked.append(attn_implementation)
+        raise SystemExit
+
+    monkeypatch.setattr(models, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(models.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    with pytest.raises(SystemExit):
+        models.load_model(str(tmp_path), None, torch.bfloat16, torch.device("cuda"))
+    assert asked == [expected]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_the_real_processor_without_torchvision_names_it():
     with pytest.raises(SystemExit, match=r"^model .+ needs a package that is not installed: pip install torchvision$"):
