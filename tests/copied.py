@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 """
 PARTS = {  # README's table: name -> names of virft.py, names of models.py
     "advantages": (("group_advantages",), ()),
-    "loss": (("completion_mask", "token_weights", "kl_to_reference", "grpo_loss"), ()),
+    "loss": (("completion_mask", "LOSSES", "token_weights", "kl_to_reference", "grpo_loss"), ()),
     "shared prefix": (
-        ("Prefix", "prefill", "fork", "branch", "log_distribution", "token_logps"),
+        ("Prefix", "prefill", "fork", "branch", "log_distribution", "FLOAT32_BLOCK", "token_logps"),
         ("told_positions", "next_position", "rotary_offset"),
     ),
 }
@@ -34,7 +34,12 @@ PARTS = {  # README's table: name -> names of virft.py, names of models.py
 def source(file: str, names: tuple[str, ...]) -> list[str]:
     """The definitions of these names as they stand in a file."""
     text = (ROOT / file).read_text(encoding="utf-8")
-    found = {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body if hasattr(node, "name")}
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = ast.get_source_segment(text, node)
+        elif hasattr(node, "name"):
+            found[node.name] = ast.get_source_segment(text, node)
     return [found[name] for name in names]
 
 
