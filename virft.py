@@ -103,6 +103,8 @@ class Parser(HfArgumentParser):
         return found
 
 
+LOSSES = ("grpo", "dr_grpo", "dapo")  # see token_weights
+FLOAT32_BLOCK = 2**25  # logits that are float32 at once, 128 MiB
 CHECKED = 16  # examples that --check looks at
 
 
@@ -305,9 +307,6 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
 
 
-FLOAT32_BLOCK = 2**25  # numbers, 128 MiB
-
-
 def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
     """log pi of the tokens that were chosen, and the entropy of what they were chosen from (no gradient).
 
@@ -362,9 +361,6 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """The k3 estimate of KL(pi_theta || pi_ref) per token: exp(d) - d - 1 with d = logp_ref - logp. GRPO eq. 4."""
     d = logp_ref - logp
     return torch.expm1(d) - d  # never negative, unbiased for tokens of pi_theta; expm1 keeps the digits near d = 0
-
-
-LOSSES = ("grpo", "dr_grpo", "dapo")
 
 
 def token_weights(mask: Tensor, loss: str, max_completion_tokens: int) -> tuple[Tensor, Tensor]:
