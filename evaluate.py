@@ -338,11 +338,12 @@ INDIFFERENT = ("overwrite", "workers", "eval_batch", "report_to")  # settings th
 def is_run_or_new(out: Path) -> bool:
     """Whether `out` holds no config.json, or that of a run: model folders have one too, and must not be replaced by a run."""
     try:
-        return "out" in json.loads((out / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return True
-    except ValueError:
+    except (NotADirectoryError, ValueError):
         return False
+    return isinstance(settings, dict) and "out" in settings
 
 
 def unfinished(out: Path, settings: dict) -> bool:
@@ -450,6 +451,12 @@ def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
 WINDOW = 20  # steps over which curves are smoothed
 
 
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Means of WINDOW values, or of all where there are fewer; the first belongs to the last of its values."""
+    width = min(WINDOW, len(values))
+    return np.convolve(values, np.ones(width) / width, "valid")
+
+
 def plot_curves(runs: Sequence[Path], path: Path) -> None:
     """curves.png from the metrics.jsonl of one run, or of several that differ in their seed: a line each, smoothed."""
     import matplotlib
@@ -470,11 +477,9 @@ def plot_curves(runs: Sequence[Path], path: Path) -> None:
             label = name
             for rows in runs:
                 steps = [row["step"] for row in rows if name in row]
-                values = np.array([row[name] for row in rows if name in row])
-                if len(values):
-                    width = min(WINDOW, len(values))
-                    smooth = np.convolve(values, np.ones(width) / width, "valid")
-                    axis.plot(steps[width - 1 :], smooth, color=f"C{color}", label=label, linewidth=1.3)
+                if steps:
+                    means = smoothed([row[name] for row in rows if name in row])
+                    axis.plot(steps[-len(means) :], means, color=f"C{color}", label=label, linewidth=1.3)
                     label = None  # once, however many runs there are
         axis.set_xlabel(f"step (mean of {WINDOW})")
         if axis.lines:

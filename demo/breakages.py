@@ -21,8 +21,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
-from evaluate import WINDOW  # noqa: E402
 from demo.controls import flags  # noqa: E402
+from evaluate import WINDOW, smoothed  # noqa: E402
 
 FILES = ("virft.py", "rewards.py", "data.py", "evaluate.py", "models.py")
 
@@ -88,9 +88,7 @@ def train(settings: dict, breakage: Breakage, folder: Path, seed: int) -> Path:
 
 
 def curve(metrics: Path) -> np.ndarray:
-    values = [json.loads(line)["reward_iou"] for line in metrics.read_text().splitlines()]
-    width = min(WINDOW, len(values))
-    return np.convolve(values, np.ones(width) / width, "valid")
+    return smoothed([json.loads(line)["reward_iou"] for line in metrics.read_text().splitlines()])
 
 
 def plot(runs: dict[str, list[Path]], path: Path) -> None:

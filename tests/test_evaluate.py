@@ -352,6 +352,12 @@ def test_only_the_same_settings_and_model_go_on(tmp_path):
     assert not evaluate.unfinished(out, settings), "it is finished"
 
 
+def test_curves_are_smoothed_by_means():
+    assert evaluate.smoothed([1.0, 3.0]).tolist() == [2.0]
+    means = evaluate.smoothed([float(i) for i in range(30)])
+    assert len(means) == 11 and means[0] == pytest.approx(9.5) and means[-1] == pytest.approx(19.5)
+
+
 def test_curves_draw_whatever_was_logged(tmp_path):
     rng = random.Random(0)
     rows = [

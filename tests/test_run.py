@@ -234,6 +234,10 @@ def test_what_is_no_run_is_never_overwritten(llava_dir, shapes_dir, tmp_path):
     with pytest.raises(SystemExit, match="--out .*: must be another folder: config.json in it is not a run's"):
         virft.main(small_run(shapes_dir, llava_dir, folder, overwrite="true"))
     assert (folder / "model.safetensors").exists()
+    for rubbish in ("3", "{", "[]"):
+        (folder / "config.json").write_text(rubbish)
+        assert not evaluate.is_run_or_new(folder)
+    assert not evaluate.is_run_or_new(folder / "config.json") and evaluate.is_run_or_new(tmp_path / "nothing")
     data_only, out = shutil.copytree(shapes_dir, tmp_path / "data"), tmp_path / "run"
     virft.main(small_run(shapes_dir, llava_dir, out))
     (data_only / "annotations" / "instances_val.json").unlink()
