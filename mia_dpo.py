@@ -1,47 +1,47 @@
-"""MIA-DPO: preference pairs from a model's own confusion of images, and DPO on them, in one file.
+"""MIA-DPO: preference pairs from a model's own confusion of images, and DPO on them.
 
-MIA-DPO (arXiv 2410.17637) teaches a vision-language model to answer about the right one of several images. It needs no
-annotation: questions about single images, whose answers are known, are put among other images, and what the model says
-while it looks at the wrong image becomes the answer to be avoided.
+MIA-DPO (arXiv 2410.17637) teaches a vision-language model to answer about the right one of several images, without
+annotation. Questions about single images, whose answers are known, are put among other images; what the model says while
+it looks at the wrong image becomes the answer to avoid.
 
   1. q          put a question's image among others: a sequence, a grid, a picture in a picture; say which is meant
   2. o          sample the model's answer
-  3. a_k        the attention that o pays to image k, averaged over heads and tokens, in a middle layer
+  3. a_k        measure the attention of o to image k, averaged over heads and tokens, in a middle layer
   4. select     if a_target / sum_k a_k is low and o is wrong: rejected = o, chosen = the known answer (attention-aware
                 selection); drop outliers of perplexity, length and edit distance (post-selection)
   5. margin     beta (log pi_theta / pi_ref (chosen | q) - log pi_theta / pi_ref (rejected | q))
   6. loss       -log sigmoid(margin) + gamma * cross-entropy of chosen
 
-Items 1 to 4 are `build`, items 5 and 6 `train`:
+`build` does items 1 to 4, `train` items 5 and 6:
 
     accelerate launch mia_dpo.py build --task rows --data rows.jsonl --model NAME --out pairs.jsonl
     accelerate launch mia_dpo.py train --pairs pairs.jsonl --model NAME --out runs/mia_dpo
     bash run.sh demo mia-dpo                                        # offline demo, no GPU
 
-The bricks are those of virft.py: a group is the chosen and the rejected answer to one prompt, which is encoded once. Loading,
-saving, resuming and the loop over steps are virft.py's too.
+The bricks and the loop are those of virft.py: the chosen and the rejected answer to one prompt are a group of two, and the
+prompt is encoded once.
 
 What differs from the paper and its released code, and why:
 
-  - The attention is that of the positions which predict the answer's tokens (the first is the prompt's last token), because
-    this is where an answer is chosen; a last token's own attention decides nothing.
+  - The attention is that of the positions which predict the answer's tokens (the first is the prompt's last token): there
+    an answer is chosen. The attention of the answer's last token decides nothing.
   - No noise is put on the target image before the answer is sampled; the paper knows none, the released code does.
-  - The paper names a length ratio and an edit distance without their limits: ours are flags of BuildConfig.
-  - A share of attention that is just the limit counts as low in every layout; the released code says < for collages.
-  - All weights are trained at lr 5e-6 by default; the released script takes --lora_rank 128 --lr 5e-5 --gamma 0 --epochs 1.
+  - The paper names a length ratio and an edit distance without their limits; ours are flags of BuildConfig.
+  - A share of attention equal to the limit counts as low in every layout; the released code says < for collages.
+  - By default all weights are trained at lr 5e-6; the released script takes --lora_rank 128 --lr 5e-5 --gamma 0 --epochs 1.
 
 Shapes in comments as in virft.py; K images or regions, T image tokens of a prompt.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
 import random
-import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,19 +55,25 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-import evaluate
-import models
-import virft
 from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task
+from extras.adapters import language_model
+from extras.evaluate import read_predictions
+from extras.report import draw_pair
 from rewards import Box, parse_answer, reward_weights
-from virft import Averages, Run, at_least_1, option
+from virft import (  # of the algorithm
+    MicroBatch, branch, completion_mask, fork, log_distribution, optimizer_step, prefill, sample, sampling_noise,
+)  # fmt: skip
+from virft import (  # of settings, loading and the loop
+    Averages, Config, Run, build as build_run, connect, due, extra, guarded, load_processor, obey, open_out, out_rule, parse,
+    save_model, setting, training_rules, write, write_model,
+)  # fmt: skip
 
 
-def like_virft(name: str, default: Any = None, heading: str | None = None) -> Any:
-    """A setting that virft.py documents, with another default if one is given."""
-    (known,) = (f for f in fields(virft.Config) if f.name == name)
-    usual = known.default_factory() if callable(known.default_factory) else known.default
-    return option(usual if default is None else default, known.metadata["help"], heading)
+def as_in_virft(name: str, default: Any = None, heading: str | None = None) -> Any:
+    """Declare a setting that virft.Config has too, with another default if one is given."""
+    (known,) = (f for f in fields(Config) if f.name == name)
+    default = getattr(Config(), name) if default is None else default
+    return setting(default, known.metadata["help"], heading, **known.metadata["rules"])
 
 
 class Layout(NamedTuple):
@@ -94,100 +100,69 @@ PUBLISHED_MIX = [
 
 @dataclass
 class BuildConfig:
-    """Every setting of `build`."""
+    """Hold every setting of `build`."""
 
-    task: str = option(
-        "captions", f"captions (COCO's), or a task of data.TASKS: {', '.join(TASKS)}", heading="Questions"
-    )
-    data: str | None = option(None, "dataset folder or file of questions about single images")
-    categories: str | None = like_virft("categories")
-    shots: int | None = like_virft("shots")
-    limit: int | None = option(None, "this many questions, chosen by seed; default: one about every example")
-    skip_bad_images: bool = like_virft("skip_bad_images")
-    layouts: list[str] = option(
-        PUBLISHED_MIX, f"layouts and weights, such as sequence2=3 grid4=1; of {', '.join(LAYOUTS)}"
-    )
-    cell: int = option(448, "side of a grid's cells in pixels; their margin is 40/448 of it")
-    out: str = option(
-        "pairs.jsonl", "pairs go here; questions, candidates, collages and pictures into the folder of this name"
-    )
-    overwrite: bool = option(False, "replace what an earlier build wrote")
+    task: str = setting("captions", "captions (COCO's), or a task of virft.py", "Questions", choices=("captions", *TASKS))
+    data: str | None = setting(None, "dataset folder or file of questions about single images")
+    categories: str | None = as_in_virft("categories")
+    shots: int | None = as_in_virft("shots")
+    limit: int | None = setting(None, "this many questions, chosen by seed; default: one about every example", least=1)
+    skip_bad_images: bool = as_in_virft("skip_bad_images")
+    layouts: list[str] = setting(PUBLISHED_MIX, f"layouts and weights, such as grid4=1; of {', '.join(LAYOUTS)}")
+    cell: int = setting(448, "side of a grid's cells in pixels; their margin is 40/448 of it", least=1)
+    out: str = setting("pairs.jsonl", "file for the pairs; the folder of this name gets everything else")
 
-    model: str = like_virft("model", heading="The model and its answers")
-    revision: str | None = like_virft("revision")
-    max_pixels: int = like_virft("max_pixels")
-    min_pixels: int = like_virft("min_pixels")
-    coordinates: str = like_virft("coordinates")
-    system_prompt: str | None = like_virft("system_prompt")
-    answers: int = option(
-        1, "answers sampled to each question; 0: only lay out the questions, for virft.py --task rows"
-    )
-    max_completion_tokens: int = like_virft("max_completion_tokens", 128)
-    temperature: float = like_virft("temperature")
-    batch: int = option(8, "questions answered at once on one process")
-    workers: int = like_virft("workers")
-    seed: int = option(0, "decides layouts, companions, places and every sampled token")
+    model: str = as_in_virft("model", heading="The model and its answers")
+    max_pixels: int = as_in_virft("max_pixels")
+    coordinates: str = as_in_virft("coordinates")
+    system_prompt: str | None = as_in_virft("system_prompt")
+    answers: int = setting(1, "answers sampled to each question; 0: lay out the questions for virft.py only", least=0)
+    max_completion_tokens: int = as_in_virft("max_completion_tokens", 128)
+    temperature: float = as_in_virft("temperature")
+    batch: int = setting(8, "questions answered at once on one process", least=1)
+    workers: int = as_in_virft("workers")
+    seed: int = setting(0, "seed of layouts, companions, places and every sampled token")
 
-    selection: str = option(
-        "attention", "attention (the method), none, or random: as many as attention takes, by lot", heading="Selection"
-    )
-    layer: int | None = option(None, "layer whose attention is read, counted from 0; default: the middle one")
-    limits: list[str] = option(
-        [],
-        "shares of attention above which an answer looked right, where they are not to be the published ones: grid4=0.25",
-    )
-    min_perplexity: float = option(1.1, "drop answers that the model was surer of than this")
-    max_length_ratio: float = option(4.0, "drop answers so many times longer or shorter, in words, than the right one")
-    min_edit_distance: float = option(
-        0.1, "drop answers that differ in a smaller share of their words from the right one"
-    )
-    pictures: int = option(12, "draw so many pairs with the attention on each image")
+    selection: str = setting(
+        "attention", "how pairs are chosen; random: as many as attention takes, by lot", "Selection",
+        choices=("attention", "random", "none"),
+    )  # fmt: skip
+    layer: int | None = setting(None, "layer whose attention is read, counted from 0; default: the middle one", least=0)
+    limits: list[str] = setting([], "shares of attention above which an answer looked right, if not as published: grid4=0.25")
+    min_perplexity: float = setting(1.1, "drop answers of at most this perplexity: the model was sure of them")
+    max_length_ratio: float = setting(4.0, "drop answers so many times longer or shorter, in words, than the right one")
+    min_edit_distance: float = setting(0.1, "drop answers that differ from the right one in a smaller share of words")
+    pictures: int = setting(12, "draw so many pairs with the attention on each image", least=0)
 
 
 @dataclass
 class TrainConfig:
-    """Every setting of `train`; the help of those that virft.py has too is virft.py's."""
+    """Hold every setting of `train`."""
 
-    pairs: str = option(
-        "pairs.jsonl",
-        "file that `build` wrote, or any other of rows {id, image, prompt, chosen, rejected}",
-        heading="What is trained on what",
-    )
-    model: str = like_virft("model")
-    revision: str | None = like_virft("revision")
-    out: str = like_virft("out", "runs/mia_dpo")
-    overwrite: bool = like_virft("overwrite")
-    max_pixels: int = like_virft("max_pixels")
-    min_pixels: int = like_virft("min_pixels")
-    system_prompt: str | None = like_virft("system_prompt")
-    skip_bad_images: bool = like_virft("skip_bad_images")
+    pairs: str = setting("pairs.jsonl", "rows {id, image, prompt, chosen, rejected}, as `build` writes", "What is trained on what")
+    model: str = as_in_virft("model")
+    out: str = as_in_virft("out", "runs/mia_dpo")
+    max_pixels: int = as_in_virft("max_pixels")
+    system_prompt: str | None = as_in_virft("system_prompt")
+    skip_bad_images: bool = as_in_virft("skip_bad_images")
 
-    beta: float = option(
-        0.1,
-        "DPO's beta: how much a change of the log-probability counts against the reference",
-        heading="The algorithm",
-    )
-    gamma: float = option(0.1, "weight of the cross-entropy of the chosen answers")
+    beta: float = setting(0.1, "DPO's beta: weight of a change against the reference", "The algorithm", above=0)
+    gamma: float = setting(0.1, "weight of the cross-entropy of the chosen answers", least=0)
 
-    epochs: float = option(3.0, "passes over the pairs", heading="Optimization")
-    steps: int = option(0, "training steps; 0: as many as --epochs makes")
-    prompts_per_step: int = like_virft("prompts_per_step")
-    prompts_per_forward: int = like_virft("prompts_per_forward")
-    lr: float = like_virft("lr", 5e-6)
-    warmup_steps: int = like_virft("warmup_steps")
-    beta2: float = like_virft("beta2")
-    weight_decay: float = like_virft("weight_decay")
-    max_grad_norm: float = like_virft("max_grad_norm")
-    seed: int = option(0, "decides the order of the pairs")
-    lora_rank: int = like_virft("lora_rank", heading="Memory and several GPUs")
-    freeze_vision: bool = like_virft("freeze_vision")
-    micro_batch: int = like_virft("micro_batch")
-    shard: bool = like_virft("shard")
-    save_every: int = like_virft("save_every", heading="Interruptions")
-    keep_last: int = like_virft("keep_last")
-    resume: bool = like_virft("resume")
-    workers: int = like_virft("workers")
-    report_to: list[str] = like_virft("report_to")
+    epochs: float = setting(3.0, "passes over the pairs", "Optimization", above=0)
+    steps: int = setting(0, "training steps; 0: as many as --epochs makes", least=0)
+    prompts_per_step: int = setting(16, "pairs of one step over all processes", least=1)
+    micro_batch: int = setting(2, "answers of one training pass, two a pair; several pairs are encoded at once", least=0)
+    lr: float = as_in_virft("lr", 5e-6)
+    warmup_steps: int = as_in_virft("warmup_steps")
+    seed: int = setting(0, "seed of the order of the pairs")
+    lora_rank: int = as_in_virft("lora_rank", heading="Memory and several GPUs")
+    freeze_vision: bool = as_in_virft("freeze_vision")
+    shard: bool = as_in_virft("shard")
+    workers: int = as_in_virft("workers")
+    save_every: int = as_in_virft("save_every", heading="Interruptions")
+    resume: bool = as_in_virft("resume")
+    report_to: list[str] = as_in_virft("report_to", heading="Seeing what happens")
 
 
 # ================================================================================================
@@ -256,6 +231,15 @@ def multi_image_prompt(layout: Layout, words: str, question: str) -> str:
     return marks + words + question[:1].lower() + question[1:]
 
 
+def drawn_parts(layout: Layout) -> list[Box] | None:
+    """Return the parts of a collage as boxes in fractions of it; None for a sequence, whose images are its parts."""
+    if layout.kind == "pip":
+        return [CENTER]
+    rows, columns = GRIDS.get(layout.images, (1, 1))
+    cells = [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r in range(rows) for c in range(columns)]
+    return cells if layout.kind == "grid" else None
+
+
 # Then where the model looks.
 
 
@@ -285,16 +269,24 @@ def attention_shares(attention: Tensor, parts: Tensor, mean: bool) -> Tensor:
     return mass / mass.sum()
 
 
-class Attending:
-    """The model, keeping the attention weights of its last call."""
+@contextlib.contextmanager
+def attending(model: nn.Module) -> Iterator[Any]:
+    """Yield the model as a function that notes the attention weights of its last call in `.attentions`.
 
-    def __init__(self, model: nn.Module):
-        self.model, self.attentions = model, ()
+    The language model attends eagerly inside: by matrices that can be looked at, which fused kernels never form.
+    """
+    config = language_model(model).config
+    usual, config._attn_implementation = config._attn_implementation, "eager"
 
-    def __call__(self, **inputs):
-        out = self.model(**inputs, output_attentions=True)
-        self.attentions = out.attentions or ()
+    def forward(**inputs):
+        out = model(**inputs, output_attentions=True)
+        forward.attentions = out.attentions or ()
         return out
+
+    try:
+        yield forward
+    finally:
+        config._attn_implementation = usual
 
 
 def look(
@@ -311,23 +303,22 @@ def look(
     sequences = {name: x for name, x in inputs.items() if x.shape[:2] == inputs["input_ids"].shape}
     rows = torch.arange(len(ids), device=ids.device) // group_size
     # The prompt's last token predicts the first of the answer, so it belongs to what is looked at.
-    prefix = virft.fork(virft.prefill(model, inputs | {name: x[:, :-1] for name, x in sequences.items()}), rows)
-    attending = Attending(model)
-    with models.attention_by(model, "eager"):  # by matrices that can be looked at; fused kernels never form them
-        logits = virft.branch(attending, prefix, torch.cat([inputs["input_ids"][rows, -1:], ids[:, :-1]], 1))
-    layer = len(attending.attentions) // 2 if layer is None else layer
-    seen = attending.attentions[layer] if layer < len(attending.attentions) else None
+    prefix = fork(prefill(model, inputs | {name: x[:, :-1] for name, x in sequences.items()}), rows)
+    with attending(model) as forward:
+        logits = branch(forward, prefix, torch.cat([inputs["input_ids"][rows, -1:], ids[:, :-1]], 1))
+    layer = len(forward.attentions) // 2 if layer is None else layer
+    seen = forward.attentions[layer] if layer < len(forward.attentions) else None
     if seen is None or seen.shape[-1] != length - 1 + ids.shape[1]:
         raise SystemExit(
             f"--layer {layer}: {type(model).__name__} gives no attention to the whole prompt there; it has "
-            f"{len(attending.attentions)} layers that give one, counted from 0 (those that slide see a window only)"
+            f"{len(forward.attentions)} layers that give one, counted from 0 (those that slide see a window only)"
         )
     first = torch.arange(mask.shape[1], device=mask.device) == 0
     counted = (mask | ~mask.any(1, keepdim=True) & first).float()
     counted = counted / counted.sum(1, keepdim=True)  # [N, C]
     # No matrix product, which autocast would round to bf16: shares are compared with limits.
     attention = (seen.float().mean(1) * counted[..., None]).sum(1)
-    surest = virft.log_distribution(logits, 1.0, forbidden).max(-1).values
+    surest = log_distribution(logits, 1.0, forbidden).max(-1).values
     perplexity = (-(surest * counted).sum(1)).exp()
     return F.pad(attention[:, : length - 1], (0, 1)), perplexity  # the last token is text, not an image
 
@@ -425,43 +416,46 @@ def pair_ids(run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
     return ids.to(run.device), mask.to(run.device)
 
 
-def dpo_step(run: Run, prompts: list[Prompt], step: int, metrics: Averages) -> list[dict]:
-    """One optimizer step on the pairs of a step, over micro-batches; returns a row of each pair."""
-    cfg, records = run.cfg, []
-    for start in range(0, len(prompts), cfg.prompts_per_forward):
-        pairs = prompts[start : start + cfg.prompts_per_forward]
-        inputs, (ids, mask) = run.collate(pairs), pair_ids(run, pairs)
-        with run.timer("reference"), torch.no_grad(), run.autocast():
-            logp_ref, _ = run.reference(inputs, ids, 2, **run.distribution)
-        last = start + len(pairs) == len(prompts)
-        with run.timer("train"), run.accumulate(last):
-            with run.autocast():
-                token_logp, _ = run.policy(inputs, ids, 2, **run.distribution)
-            logp, logp_ref = ((x * mask).sum(1).view(-1, 2) for x in (token_logp, logp_ref))
-            dpo, rewards = dpo_loss(logp, logp_ref, cfg.beta)
+def dpo_update(run: Run, prompts: list[Prompt], step: int) -> tuple[Averages, list[dict]]:
+    """Take one optimizer step on the pairs of a step; return its metrics and a row of rollouts.jsonl for each pair."""
+    cfg, metrics, rows_of_step = run.cfg, Averages(), []
+    at_once = max(1, cfg.micro_batch // 2)
+    for start in range(0, len(prompts), at_once):
+        pairs = prompts[start : start + at_once]
+        batch = MicroBatch(pairs, run.collate(pairs), *pair_ids(run, pairs))
+        logp_ref = (run.reference_logps(batch) * batch.mask).sum(1)  # [n], of whole answers
+
+        def loss_of(rows: Tensor, token_logp: Tensor, entropy: Tensor) -> Tensor:
+            mask = batch.mask[rows]
+            logp, ref = (token_logp * mask).sum(1).view(-1, 2), logp_ref[rows].view(-1, 2)
+            dpo, rewards = dpo_loss(logp, ref, cfg.beta)
             cross_entropy = -logp[:, 0] / mask.sum(1).view(-1, 2)[:, 0]  # per token: long answers count no more
-            loss = dpo + cfg.gamma * cross_entropy
-            (loss.sum() / len(prompts)).backward()  # every process has as many pairs, and DDP averages over processes
-        margin = rewards[:, 0] - rewards[:, 1]
-        columns = {
-            "loss": loss, "dpo_loss": dpo, "cross_entropy": cross_entropy, "margin": margin, "accuracy": (margin > 0).float(),
-            "reward_chosen": rewards[:, 0], "reward_rejected": rewards[:, 1], "logp_chosen": logp[:, 0], "logp_rejected": logp[:, 1],
-        }  # fmt: skip
-        columns = {name: values.detach() for name, values in columns.items()}
-        for name, values in columns.items():
-            metrics.add(name, values.sum(), len(pairs))
-        for i, pair in enumerate(pairs):
-            numbers = {name: round(values[i].item(), 4) for name, values in columns.items()}
-            records.append({"step": step, "id": pair.example.id} | numbers)
-    run.optimizer_step(metrics)
-    return records
+            loss, margin = dpo + cfg.gamma * cross_entropy, rewards[:, 0] - rewards[:, 1]
+            columns = {
+                "loss": loss, "dpo_loss": dpo, "cross_entropy": cross_entropy, "margin": margin, "accuracy": (margin > 0).float(),
+                "reward_chosen": rewards[:, 0], "reward_rejected": rewards[:, 1], "logp_chosen": logp[:, 0],
+                "logp_rejected": logp[:, 1],
+            }  # fmt: skip
+            columns = {name: values.detach() for name, values in columns.items()}
+            for name, values in columns.items():
+                metrics.add(name, values.sum(), len(values))
+            for i, pair in enumerate(rows[::2].tolist()):
+                numbers = {name: round(values[i].item(), 4) for name, values in columns.items()}
+                rows_of_step.append({"step": step, "id": batch.prompts[pair // 2].example.id} | numbers)
+            return loss.sum() / cfg.prompts_per_step  # of all processes: their gradients are added up
+
+        run.backward(batch, loss_of, unit=2)
+    optimizer_step(run, metrics)
+    return metrics, rows_of_step
 
 
 # ================================================================================================
 # The machinery of `build`.
 
 
-CAPTIONS = replace(TASKS["rows"], name="captions", read=data.read_captions)
+CAPTIONS = replace(
+    TASKS["rows"], name="captions", read=functools.partial(data.extra_reader, "--task captions", "captions", "read_captions")
+)
 
 
 def single_image_question(
@@ -617,12 +611,12 @@ def answer_questions(
     cfg, G = run.cfg, run.cfg.answers
     with run.autocast():
         inputs = run.collate(prompts)
-        noise = virft.sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, cfg.max_completion_tokens).to(run.device)
-        ids = virft.sample(run.model, inputs, G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
-        mask = virft.completion_mask(ids, run.eos) & ~torch.isin(ids, run.eos)
+        noise = sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, cfg.max_completion_tokens).to(run.device)
+        ids, _ = sample(run.model, inputs, G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
+        mask = completion_mask(ids, run.eos) & ~torch.isin(ids, run.eos)
         attention, perplexity = look(run.model, inputs, ids, mask, G, cfg.layer, run.distribution["forbidden"])
     texts, truncated = run.decode(ids, mask), ~torch.isin(ids, run.eos).any(1)
-    is_image = inputs["input_ids"] == image_token(run.processor)
+    is_image = inputs["input_ids"] == image_token(run.prompts.processor)
     records = []
     for row, text in enumerate(texts):
         question, prompt = questions[row // G], prompts[row // G]
@@ -662,87 +656,39 @@ def report_selection(judged: Sequence[dict], cfg: BuildConfig) -> str:
     return "\n".join([*lines, "ratio: the mean share of attention that the right image got, over all answers"])
 
 
-def draw_pair(pair: dict, path: Path, height: int = 300) -> None:
-    """The images of a pair with the share of attention on each, the right one framed, and both answers below."""
-    layout, font = LAYOUTS[pair["layout"]], ImageFont.load_default(18)
-    pictures = [data.open_image(Path(image)) for image in pair["image"]]
-    pictures = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
-    text = f"{pair['prompt'].replace(IMAGE_MARK, '').strip()}\nchosen: {pair['chosen']}\nrejected: {pair['rejected']}"
-    lines = [line[at : at + 110] for line in text.splitlines() for at in range(0, max(1, len(line)), 110)]
-    width = max(sum(p.width + 8 for p in pictures) + 8, 900)
-    sheet = Image.new("RGB", (width, height + 24 + 24 * len(lines)), "white")
-    draw, x = ImageDraw.Draw(sheet), 8
-    frames: list[Box] = []
-    for picture in pictures:
-        sheet.paste(picture, (x, 8))
-        if layout.kind == "sequence":
-            frames.append((x, 8, x + picture.width, 8 + height))
-        elif layout.kind == "pip":
-            frames = [
-                (
-                    x + CENTER[0] * picture.width,
-                    8 + CENTER[1] * height,
-                    x + CENTER[2] * picture.width,
-                    8 + CENTER[3] * height,
-                )
-            ]
-        else:
-            rows, columns = GRIDS[layout.images]
-            w, h = picture.width / columns, height / rows
-            frames = [
-                (x + c * w, 8 + r * h, x + (c + 1) * w, 8 + (r + 1) * h) for r in range(rows) for c in range(columns)
-            ]
-        x += picture.width + 8
-    for i, (frame, share) in enumerate(zip(frames, pair["shares"])):
-        draw.rectangle(frame, outline="green" if i == pair["target"] else "magenta", width=3)
-        draw.text((frame[0] + 6, frame[1] + 4), f"{share:.2f}", "black", font, stroke_width=3, stroke_fill="white")
-    for i, line in enumerate(lines):
-        draw.text((8, height + 16 + 24 * i), line, "black", font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
 def write_rows(file: Path, rows: Sequence[dict], images: str) -> None:
     """JSON lines, whole or not at all; images relative to the file's folder, so that both can be moved together."""
     aside = file.with_name(file.name + ".unfinished")
     aside.unlink(missing_ok=True)
     folder = file.parent.resolve()
     relative = [[os.path.relpath(Path(path).resolve(), folder) for path in row[images]] for row in rows]
-    evaluate.append_rows(aside, [row | {images: paths} for row, paths in zip(rows, relative)])
+    data.append_rows(aside, [row | {images: paths} for row, paths in zip(rows, relative)])
     aside.replace(file)
 
 
-def parse_build(argv: list[str]) -> BuildConfig:
-    cfg = virft.Parser(
-        BuildConfig, prog="mia_dpo.py build", usage="%(prog)s --task TASK --data DIR --model NAME [flags]"
-    ).settings(argv)
+def parse_build(argv: Sequence[str]) -> BuildConfig:
+    cfg = parse(BuildConfig, argv, prog="mia_dpo.py build", usage="%(prog)s --task TASK --data DIR --model NAME [flags]")
     try:
         mix, limits = reward_weights(cfg.layouts), reward_weights(cfg.limits)
     except ValueError as error:
         raise SystemExit(f"--layouts {' '.join(cfg.layouts)} --limits {' '.join(cfg.limits)}: {error}") from None
-    tasks, folder = {**TASKS, "captions": CAPTIONS}, Path(cfg.out).with_suffix("").resolve()
-    used = [Path(path).resolve() for path in (cfg.data, cfg.model) if path]
-    virft.obey(cfg, [
-        ("task", cfg.task in tasks, f"one of {', '.join(tasks)}"),
+    folder, used = Path(cfg.out).with_suffix("").resolve(), [Path(path).resolve() for path in (cfg.data, cfg.model) if path]
+    good = mix and mix.keys() <= LAYOUTS.keys() and min(mix.values()) > 0
+    inside = any(folder == path or folder in path.parents for path in used)
+    obey(cfg, [
         ("data", cfg.data, "given: the folder or file of questions about single images"),
-        ("layouts", mix and mix.keys() <= LAYOUTS.keys() and min(mix.values()) > 0, f"weights above 0 of {', '.join(LAYOUTS)}"),
+        ("layouts", good, f"weights above 0 of {', '.join(LAYOUTS)}"),
         ("limits", limits.keys() <= LAYOUTS.keys(), f"shares, of {', '.join(LAYOUTS)}"),
-        ("selection", cfg.selection in ("attention", "random", "none"), "attention, random or none"),
-        ("coordinates", cfg.coordinates in ("auto", *data.CONVENTIONS), f"auto, {' or '.join(data.CONVENTIONS)}"),
-        ("temperature", cfg.temperature > 0, "above 0"),
-        ("answers", cfg.answers >= 0, "0 (questions only) or more"),
-        ("layer", cfg.layer is None or cfg.layer >= 0, "counted from 0"),
         ("out", cfg.out.endswith(".jsonl"), "a file NAME.jsonl"),
-        ("out", not any(folder == path or folder in path.parents for path in used), "outside --data and --model: its folder is NAME"),
+        ("out", not inside, "outside --data and --model: its folder is NAME"),
         ("out", Path(cfg.out).resolve() not in used, "another file than --data"),
-        *at_least_1(cfg, "cell", "max_completion_tokens", "batch"),
     ])  # fmt: skip
     return cfg
 
 
 # Settings of a build that change no candidate: an interrupted build goes on with others of them.
 MAY_DIFFER = (
-    "overwrite", "workers", "batch", "pictures", "selection", "limits", "min_perplexity", "max_length_ratio", "min_edit_distance",
+    "workers", "batch", "pictures", "selection", "limits", "min_perplexity", "max_length_ratio", "min_edit_distance",
 )  # fmt: skip
 
 
@@ -755,16 +701,13 @@ def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if folder.exists() and any(folder.iterdir()) and "layouts" not in before:
         raise SystemExit(f"--out {cfg.out}: must be another: {folder} was not made by a build, and will not be touched")
-    if cfg.overwrite:
-        Path(cfg.out).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
     finished = Path(cfg.out).exists() or (folder / "questions.jsonl").exists()
-    if not cfg.overwrite and (finished or before not in ({}, settings)):
-        raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; --overwrite true replaces it")
+    if finished or before not in ({}, settings):
+        raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; give another or remove it")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")
     parts = sorted(folder.glob("candidates*.jsonl"))
-    found = {(row["number"], row["id"]): row for part in parts for row in evaluate.read_predictions(part)}
+    found = {(row["number"], row["id"]): row for part in parts for row in read_predictions(part)}
     answered = Counter(number for number, _ in found)
     kept = [row for (number, _), row in found.items() if answered[number] == cfg.answers]  # of a question all or none
     for row in kept:
@@ -780,23 +723,20 @@ def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
 def build(argv: list[str]) -> None:
     """Items 1 to 4 of the method: candidates, one file per process as they come; then the selection over all of them."""
     cfg = parse_build(argv)
-    accelerator, out = virft.make_accelerator(cfg.out), Path(cfg.out)
+    accelerator, out = connect(cfg), Path(cfg.out)
     folder, main = out.with_suffix(""), accelerator.is_main_process
     task = {**TASKS, "captions": CAPTIONS}[cfg.task]
     chosen = {name: getattr(cfg, name) for name in ("categories", "shots", "limit", "seed", "skip_bad_images")}
     examples, notes = data.load_examples(task, cfg.data, "train", **chosen)
     if several := [e.id for e in examples if len(e.images) != 1]:
         raise DataError(f"example {several[0]} has several images; a build starts from questions about one")
-    processor, fit, coordinates = models.load_processor(
-        cfg.model, cfg.revision, cfg.max_pixels, cfg.min_pixels, cfg.coordinates
-    )
+    processor, fit, coordinates, positions = load_processor(cfg, cfg.coordinates)
     if task.boxes and coordinates != "relative" and not cfg.answers:
         raise SystemExit("--answers 0: rows hold boxes in 0..1000; --coordinates relative")
-    room = models.max_positions(cfg.model, cfg.revision) - cfg.max_completion_tokens
+    room = positions - cfg.max_completion_tokens
     prompts = Prompts(task, examples, processor, fit, coordinates, False, cfg.system_prompt, room)
     questions = Questions(prompts, reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed)
-    run = virft.load_frozen(cfg, accelerator, prompts)
-    run.distribution["temperature"] = cfg.temperature
+    run = build_run(cfg, accelerator, prompts, {}, trains=False, temperature=cfg.temperature)
     run.say("\n".join(notes))
     (kept,) = broadcast_object_list([open_folder(cfg, folder) if main else []])
     if kept:
@@ -817,7 +757,7 @@ def build(argv: list[str]) -> None:
             numbers, asked, encoded = zip(*good)
             if cfg.answers:
                 records = answer_questions(run, asked, numbers, list(encoded))
-                evaluate.append_rows(own, records)
+                data.append_rows(own, records)
                 candidates += records
             else:
                 rows += [question_row(task, number, question) for number, question in zip(numbers, asked)]
@@ -831,7 +771,7 @@ def build(argv: list[str]) -> None:
             rows = [row for _, row in sorted(rows, key=lambda numbered: numbered[0])]
             write_rows(folder / "questions.jsonl", rows, "images")
             print(f"{len(rows)} questions in {folder / 'questions.jsonl'}")
-    virft.finish(run)
+    accelerator.end_training()
 
 
 def finish_build(cfg: BuildConfig, candidates: list[dict], folder: Path) -> None:
@@ -842,7 +782,7 @@ def finish_build(cfg: BuildConfig, candidates: list[dict], folder: Path) -> None
     for part in folder.glob("candidates.*.jsonl"):
         part.unlink()
     for number, pair in enumerate(random.Random(cfg.seed).sample(pairs, min(cfg.pictures, len(pairs)))):
-        draw_pair(pair, folder / "pictures" / f"{number:03d}.png")
+        draw_pair(pair, drawn_parts(LAYOUTS[pair["layout"]]), folder / "pictures" / f"{number:03d}.png")
     table = report_selection(judged, cfg)
     (folder / "selection.txt").write_text(table + "\n")
     published = ("id", "image", "prompt", "chosen", "rejected", "gt", "layout", "ratio")
@@ -883,50 +823,35 @@ def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
     return examples
 
 
-def parse_train(argv: list[str]) -> TrainConfig:
-    cfg = virft.Parser(
-        TrainConfig, prog="mia_dpo.py train", usage="%(prog)s --pairs FILE --model NAME [flags]"
-    ).settings(argv)
-    virft.obey(cfg, [
-        ("beta", cfg.beta > 0, "above 0"),
-        ("gamma", cfg.gamma >= 0, "0 or more"),
-        ("epochs", cfg.epochs > 0, "above 0"),
-        ("steps", cfg.steps >= 0, "0 (by --epochs) or more"),
-        *virft.training_rules(cfg, virft.launched()),
-        *virft.out_rules(cfg, "model", "pairs", may_exist=cfg.overwrite or cfg.resume),
-    ])  # fmt: skip
+def parse_train(argv: Sequence[str]) -> TrainConfig:
+    cfg = parse(TrainConfig, argv, prog="mia_dpo.py train", usage="%(prog)s --pairs FILE --model NAME [flags]")
+    obey(cfg, [*training_rules(cfg), out_rule(cfg, may_exist=cfg.resume)])
     return cfg
 
 
-def train(argv: list[str]) -> None:
+def train(argv: Sequence[str]) -> None:
     """Items 5 and 6 of the method."""
     cfg = parse_train(argv)
-    pairs = read_pairs(Path(cfg.pairs), cfg.skip_bad_images)
+    accelerator, pairs = connect(cfg), read_pairs(Path(cfg.pairs), cfg.skip_bad_images)
     cfg.steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.prompts_per_step))
-    accelerator = virft.make_accelerator(cfg.out, cfg.report_to, cfg.shard)
-    saved = virft.find_checkpoint(cfg, (*virft.RESUME_MAY_CHANGE, "pairs")) if cfg.resume else None
-    processor, fit, coordinates = models.load_processor(
-        cfg.model, cfg.revision, cfg.max_pixels, cfg.min_pixels, "relative"
-    )
+    processor, fit, coordinates, positions = load_processor(cfg, "relative")
     longest = max(len(ids) for ids in processor.tokenizer([text for e in pairs for text in e.solution])["input_ids"])
-    room = models.max_positions(cfg.model, cfg.revision) - longest - 1
     task = replace(TASKS["rows"], name="pairs")
-    prompts = Prompts(task, pairs, processor, fit, coordinates, False, cfg.system_prompt, room, cfg.skip_bad_images)
-    run = virft.load_trained(cfg, accelerator, prompts, saved)
-    virft.make_trainable(run, reference=True)
-    (first,) = data.whole([run.prompts[0, 0]])
-    answers = "".join(f"\n{name}: {text}" for name, text in zip(("chosen", "rejected"), first.solution))
-    setup = "\n".join(
-        [
-            virft.describe_settings(cfg),
-            virft.describe_steps(run, 2, "answers"),
-            virft.describe_prompt(run, first) + answers,
-        ]
-    )
-    run.say(setup)
-    virft.open_out(run, setup)
-    virft.train(run, dpo_step, shown=("margin", "accuracy", "logp_chosen"))
-    virft.finish(run)
+    sizes = (False, cfg.system_prompt, positions - longest - 1, cfg.skip_bad_images)
+    run = build_run(cfg, accelerator, Prompts(task, pairs, processor, fit, coordinates, *sizes), {}, trains=True)
+    open_out(run, 2, "answers")
+    with guarded(run) as stopping:
+        for step, prompts in run.steps():
+            metrics, rows = dpo_update(run, prompts, step)
+            write(run, step, metrics, rows, shown=("margin", "accuracy", "logp_chosen"))
+            stop = stopping()
+            if stop or due(step, cfg.save_every):
+                extra("checkpoints", "--save_every").save(run, write_model)
+            if stop:
+                break
+        else:
+            save_model(run)
+    accelerator.end_training()
 
 
 def main(argv: list[str] | None = None) -> None:

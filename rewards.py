@@ -1,39 +1,36 @@
 """Verifiable rewards of Visual-RFT (arXiv 2503.01785): text in, number out.
 
-Every reward has the shape `reward(completion, solution, ...) -> float` and is
+Every reward is a function `reward(completion, solution, ...) -> float`, and is
 
     pure     the same text and solution give the same number: no clock, no file, no model;
-    total    any string whatever gets a finite number in the documented range, never an exception;
-    linear   a completion of a megabyte costs what its length costs.
+    total    every string gets a finite number in the documented range, never an exception;
+    linear   the time is proportional to the length of the text, up to megabytes.
 
-A completion is `<think> ... </think><answer> ... </answer>`. A detection answer is a list
-`[{'Position': [x1, y1, x2, y2], 'Confidence': 0.87}, ...]` or the words `No Objects`; a classification
-answer is a name; a grounding answer is `(x1,y1),(x2,y2)`. Boxes are (x1, y1, x2, y2) with x1 < x2 and
-y1 < y2, completion and solution in the same coordinates; which ones does not matter here, because IoU
-does not change under a scale per axis.
+A completion is `<think> ... </think><answer> ... </answer>`. The answer of detection is a list of boxes
+`[{'Position': [x1, y1, x2, y2], 'Confidence': 0.87}, ...]` or the words `No Objects`, of classification a name, of
+grounding `(x1,y1),(x2,y2)`. Boxes are (x1, y1, x2, y2) with x1 < x2 and y1 < y2, in the same coordinates in completion
+and solution. Any coordinates will do: IoU does not change when an axis is scaled.
 
-Where this differs from the published reward code, and why, is the second half of test_rewards.py.
-To add a reward, write such a function and enter it in REWARDS, or leave this file alone and name yours on the command line:
+The second half of test_rewards.py lists the differences from the published reward code, with reasons. To add a reward,
+write such a function and enter it in REWARDS, or leave this file alone and name yours on the command line:
 `--rewards iou=1 my_rewards.py:my_reward=0.5`.
 """
 
-import functools
 import importlib.util
 import inspect
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 Box = tuple[float, float, float, float]
 
 # ------------------------------------------------------------------------------------------------
-# Parsing. One grammar for reward, evaluation and drawing, so that none of them sees another answer.
-# The patterns are anchored or start at a literal, and no two neighboring parts can match the same
-# text, so no input makes them backtrack more than linearly. Digits are bounded because converting
-# a number is not linear in its length.
+# Parsing. Rewards, evaluation and drawing use the same parsers, so that all of them see the same answer. Patterns are
+# anchored or start at a literal, and no two neighboring parts can match the same text: backtracking is at most linear.
+# Digits are bounded, because converting a number is not linear in its length.
 
 _NUMBER = r"([-+]?(?:\d{1,32}(?:\.\d{0,32})?|\.\d{1,32})(?:[eE][-+]?\d{1,3})?)"
 _POSITION = rf"""['"]Position['"]\s*:\s*\[\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\]"""
@@ -47,13 +44,13 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def _blocks(completion: str) -> tuple[int, int]:
-    """How many complete <think> and <answer> blocks the text has; -1 where opening and closing tags disagree."""
+    """Count the complete <think> and <answer> blocks; -1 if the numbers of opening and closing tags differ."""
     counts = ((completion.count(f"<{tag}>"), completion.count(f"</{tag}>")) for tag in ("think", "answer"))
     return tuple(opened if opened == closed else -1 for opened, closed in counts)
 
 
 def parse_answer(completion: str) -> str | None:
-    """The text of the one answer block, stripped; None without it or with two blocks of a kind (which one counts?)."""
+    """Return the stripped text of the answer block; None without one, and if there are two blocks of a kind."""
     think, answer = _blocks(completion)
     if answer != 1 or think > 1:
         return None
@@ -62,21 +59,20 @@ def parse_answer(completion: str) -> str | None:
 
 
 def parse_detections(completion: str) -> list[tuple[Box, float]] | None:
-    """The (box, confidence) pairs of a detection answer, highest confidence first, a box repeated to the digit once.
+    """Return the (box, confidence) pairs of a detection answer, highest confidence first, each box once.
 
-    `No Objects` and `[]` are the empty list. None is a malformed answer: anything but a whole list, a box that is
+    `No Objects` and `[]` give the empty list. A malformed answer gives None: anything but a whole list, a box that is
     reversed or empty, a number that is not finite, a confidence outside [0, 1].
     """
     text = parse_answer(completion)
     if text is None:
         return None
-    fenced = _FENCE.fullmatch(text)
-    if fenced:
+    if fenced := _FENCE.fullmatch(text):
         text = fenced.group(1).strip()
     if text == "No Objects":
         return []
     if text.startswith("[[") and text.endswith("]]"):
-        text = text[1:-1].strip()  # the published parser searches for the inner list, so it is paid
+        text = text[1:-1].strip()  # accepted, because the published parser finds the inner list
     if not (text.startswith("[") and text.endswith("]")):
         return None
     body = text[1:-1].strip()
@@ -87,13 +83,12 @@ def parse_detections(completion: str) -> list[tuple[Box, float]] | None:
         if not found:
             return None
         *corners, confidence = map(float, found.groups())
-        if not (_is_box(corners) and 0.0 <= confidence <= 1.0):
+        if not (is_box(corners) and 0.0 <= confidence <= 1.0):
             return None
-        # The highest confidence of a repeated box, not the first, so that the order of the text decides nothing.
+        # A repeated box gets its highest confidence, not its first, so that the order of the text does not matter.
         confidence_of[tuple(corners)] = max(confidence, confidence_of.get(tuple(corners), 0.0))
         at = found.end()
-        comma = _COMMA.match(body, at)
-        if comma:
+        if comma := _COMMA.match(body, at):
             at = comma.end()
         elif at < len(body):
             return None
@@ -101,57 +96,59 @@ def parse_detections(completion: str) -> list[tuple[Box, float]] | None:
 
 
 def parse_grounding(completion: str) -> Box | None:
-    """The one `(x1,y1),(x2,y2)` of a grounding answer; None without it, with two, or where it is reversed or empty."""
+    """Return the `(x1,y1),(x2,y2)` of a grounding answer; None unless it has exactly one, not reversed or empty."""
     found = _CORNERS.findall(parse_answer(completion) or "")
     if len(found) != 1:
         return None
     corners = tuple(map(float, found[0]))
-    return corners if _is_box(corners) else None
+    return corners if is_box(corners) else None
 
 
-def _is_box(corners: Sequence[float]) -> bool:
-    x1, y1, x2, y2 = corners
-    return all(map(math.isfinite, corners)) and x1 < x2 and y1 < y2
+def is_box(value: object) -> bool:
+    """Return whether a value is four finite numbers with x1 < x2 and y1 < y2."""
+    numbers = isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in value)
+    return numbers and len(value) == 4 and value[0] < value[2] and value[1] < value[3]
 
 
 # ------------------------------------------------------------------------------------------------
 # Geometry.
 
 
-def _areas(a: Box, b: Box) -> tuple[float, float, float]:
-    """Intersection, union and area of the smallest box around both. Corners are compared before anything is
-    multiplied, and sizes are scaled by the enclosing box, so that no finite box overflows."""
+def _areas(a: Box, b: Box) -> tuple[float, float]:
+    """Return the areas of intersection and union as fractions of the smallest box around both.
+
+    Corners are compared before anything is multiplied, and sizes are fractions, so that no finite box overflows.
+    """
     left, top, right, bottom = min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
     width, height = right - left, bottom - top
     if not (0.0 < width < math.inf and 0.0 < height < math.inf):
-        return 0.0, 1.0, 1.0
+        return 0.0, 1.0
     wide = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) / width
     high = max(0.0, min(a[3], b[3]) - max(a[1], b[1])) / height
     area_a = ((a[2] - a[0]) / width) * ((a[3] - a[1]) / height)
     area_b = ((b[2] - b[0]) / width) * ((b[3] - b[1]) / height)
-    return wide * high, area_a + area_b - wide * high, 1.0
+    return wide * high, area_a + area_b - wide * high
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two (x1, y1, x2, y2) boxes, in [0, 1]."""
-    intersection, union, _ = _areas(a, b)
+    """Compute the intersection over union of two (x1, y1, x2, y2) boxes, in [0, 1]."""
+    intersection, union = _areas(a, b)
     return min(1.0, intersection / union) if union > 0 else 0.0
 
 
 def box_giou(a: Box, b: Box) -> float:
-    """Generalized IoU (arXiv 1902.09630): IoU - (enclosing - union) / enclosing, in [-1, 1]."""
-    _, union, enclosing = _areas(a, b)
-    return max(-1.0, box_iou(a, b) - max(0.0, enclosing - union) / enclosing)
+    """Compute the generalized IoU (arXiv 1902.09630): IoU - (enclosing - union) / enclosing, in [-1, 1]."""
+    _, union = _areas(a, b)
+    return max(-1.0, box_iou(a, b) - max(0.0, 1.0 - union))
 
 
 def match(detections: Sequence[tuple[Box, float]], targets: Sequence[Box], iou_threshold: float) -> list[float]:
-    """One-to-one greedy matching (Visual-RFT section 3.2): the IoU of each detection's target, 0.0 where it has none.
+    """Match detections to targets one to one (Visual-RFT section 3.2); return each one's IoU, 0.0 without a target.
 
-    Detections choose in the order of confidence, each the free target that it overlaps most, if by more than
-    `iou_threshold`. Among equal confidences the higher IoU is matched first; what is then still equal is settled
-    by the coordinates, so that neither the order of the answer nor that of the solution changes anything.
-
-    detections: (box, confidence) as parse_detections returns them; the result is in the same order.
+    In order of confidence, each detection takes the free target that it overlaps most, if by more than
+    `iou_threshold`. Among equal confidences the highest IoU is matched first, then coordinates decide: neither
+    the order of the answer nor the order of the solution matters.
+    detections: as parse_detections returns them; the result is in the same order.
     """
     matched = [0.0] * len(detections)
     free = set(range(len(targets)))
@@ -175,15 +172,14 @@ def match(detections: Sequence[tuple[Box, float]], targets: Sequence[Box], iou_t
 
 
 # ------------------------------------------------------------------------------------------------
-# Rewards. `solution` is a list of boxes (detection), a name or a list of accepted names
-# (classification), or one box (grounding).
+# Rewards. `solution` is a list of boxes (detection), a name or a list of accepted names (classification), or one box.
 
 
 def iou_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 0.5) -> float:
-    """Sum of matched IoU / max(number of targets, number of predictions), in [0, 1]; 1 for a right `No Objects`.
+    """Return the sum of matched IoU / max(number of targets, of predictions), in [0, 1]; 1 for a right `No Objects`.
 
-    The paper (eq. 3) divides by the predictions alone, which pays a single box in a crowd in full; the published
-    code divides by the larger number, and so do we.
+    The paper (eq. 3) divides by the number of predictions, so that one box in a crowd earns the full reward; the
+    published code divides by the larger number, and so do we.
     """
     detections = parse_detections(completion)
     if detections is None:
@@ -194,20 +190,21 @@ def iou_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 
 
 
 def confidence_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 0.5) -> float:
-    """Mean over predictions of c where matched and 1 - c where not (Visual-RFT eq. 4 and 5), in [0, 1].
+    """Return the mean over predictions of c if matched, 1 - c if not (Visual-RFT eq. 4 and 5), in [0, 1].
 
-    Linear in c, hence maximal at 0 or 1 whatever the odds: confidences drift to the ends, and a junk box at
-    confidence 0 is paid in full. `brier_reward` is maximal at the true odds.
+    It is linear in c, hence maximal at 0 or 1 whatever the odds: confidences drift to the ends, and a junk box with
+    confidence 0 earns the full reward. `brier_reward` is maximal at the true odds.
     """
     return _confidence(completion, solution, iou_threshold, lambda c, matched: c if matched else 1.0 - c)
 
 
 def brier_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 0.5) -> float:
-    """Mean over predictions of 1 - (c - matched)^2 (Brier 1950, a proper score), in [0, 1]; not in the paper."""
+    """Return the mean over predictions of 1 - (c - matched)^2 (Brier 1950, a proper score), in [0, 1]; our addition."""
     return _confidence(completion, solution, iou_threshold, lambda c, matched: 1.0 - (c - matched) ** 2)
 
 
 def _confidence(completion, solution, iou_threshold, score) -> float:
+    """Return the mean of score(confidence, matched) over predictions; 1 for a right `No Objects`."""
     detections = parse_detections(completion)
     if detections is None:
         return 0.0
@@ -218,30 +215,27 @@ def _confidence(completion, solution, iou_threshold, score) -> float:
 
 
 def format_reward(completion: str, solution: object = None, think: bool = True) -> float:
-    """1 if the completion is one think block, then one answer block, and nothing else but white space; otherwise 0.
-
-    With think=False: the answer block alone. What is inside the blocks is judged by the other rewards.
-    """
+    """Return 1 if the completion is a think block (unless think=False), an answer block and white space; else 0."""
     pattern, blocks = (_THINK_ANSWER, (1, 1)) if think else (_ANSWER, (0, 1))
     return float(_blocks(completion) == blocks and pattern.fullmatch(completion.strip()) is not None)
 
 
 def accuracy_reward(completion: str, solution: str | Sequence[str]) -> float:
-    """1 if the answer is the class name, or one of its declared aliases, after `normalize_name`; otherwise 0."""
+    """Return 1 if the answer is the class name or one of its aliases, after `normalize_name`; otherwise 0."""
     answer = parse_answer(completion)
     names = [solution] if isinstance(solution, str) else solution
     return float(answer is not None and normalize_name(answer) in {normalize_name(name) for name in names})
 
 
 def normalize_name(name: str) -> str:
-    """Case, white space, `_`, `-` and punctuation at the ends do not make another name."""
+    """Remove the differences between spellings of a name: case, white space, `_`, `-` and punctuation at the ends."""
     return " ".join(re.sub(r"[\s_-]", " ", name.casefold()).strip(" .,;:!?'\"`*()[]").split())
 
 
 def published_accuracy(completion: str, solution: str | Sequence[str]) -> float:
-    """The published substring rule, either way round, to compare with papers; 1 for the empty answer, so never train on it.
+    """Return 1 if answer or name contains the other: the published rule, for comparison with papers.
 
-    As published, the whole text is searched where there is no answer block.
+    The empty answer earns 1, so never train on it. As published, the whole text counts if there is no answer block.
     """
     _, opened, rest = completion.partition("<answer>")
     inside, closed, _ = rest.partition("</answer>")
@@ -251,7 +245,7 @@ def published_accuracy(completion: str, solution: str | Sequence[str]) -> float:
 
 
 def giou_reward(completion: str, solution: Box) -> float:
-    """GIoU + 1 of the answer's box (reasoning grounding), in [0, 2]; 0 where there is no box."""
+    """Return GIoU + 1 of the answer's box (reasoning grounding), in [0, 2]; 0 without a box."""
     box = parse_grounding(completion)
     return 0.0 if box is None else box_giou(box, solution) + 1.0
 
@@ -268,7 +262,7 @@ REWARDS = {
 
 
 def reward_weights(entries: Sequence[str]) -> dict[str, float]:
-    """{reward: weight} of entries such as `iou`, `iou=0.5` or `my_rewards.py:my_reward=2`; without a weight it is 1.
+    """Parse entries such as `iou`, `iou=0.5` or `my_rewards.py:my_reward=2` to {reward: weight}; the default is 1.
 
     Raises ValueError for a weight that is not a number, and for a reward that is named twice.
     """
@@ -288,10 +282,10 @@ def reward_weights(entries: Sequence[str]) -> dict[str, float]:
 
 
 def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Callable[[str, object], float], float]]:
-    """{name: (reward(completion, solution), weight)}; each reward gets those of the settings that it takes.
+    """Look up rewards by name: {name: (reward(completion, solution), weight)}.
 
-    weights: names of REWARDS, or `file.py:function` for one of the user's, and their weights. Raises ValueError for a
-    name that is not known and a function that cannot be had or called.
+    weights: {name in REWARDS or `file.py:function`: weight}. settings: passed to rewards that have such a parameter.
+    Raises ValueError for an unknown name, and as load_reward does.
     """
     chosen = {}
     for name, weight in weights.items():
@@ -301,9 +295,8 @@ def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Cal
         elif name in REWARDS:
             reward = REWARDS[name]
         else:
-            raise ValueError(
-                f"unknown reward {name}; known are {', '.join(REWARDS)}, and file.py:function for your own"
-            )
+            known = ", ".join(REWARDS)
+            raise ValueError(f"unknown reward {name}; known are {known}, and file.py:function for your own")
         if name in chosen:
             raise ValueError(f"two rewards are called {name}, the name of their column in metrics.jsonl: rename yours")
         takes = list(inspect.signature(reward).parameters)[2:]
@@ -312,27 +305,26 @@ def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Cal
 
 
 def load_reward(name: str) -> Callable[..., float]:
-    """The reward `path/to/file.py:function` of the user's, with its results checked; ValueError names file and function."""
+    """Load a user's `path/to/file.py:function` and check its results. Raises ValueError, naming file and function."""
     file, _, function = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{name}: no file {file}")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # what is wrong in there is best said by Python's own traceback
+    spec.loader.exec_module(module)  # errors in the file keep Python's own traceback
     reward = getattr(module, function, None)
     if not inspect.isfunction(reward):
-        raise ValueError(
-            f"{file} has no function {function}; expected def {function}(completion: str, solution) -> float"
-        )
+        expected = f"def {function}(completion: str, solution) -> float"
+        raise ValueError(f"{file} has no function {function}; expected {expected}")
+    signature = inspect.signature(reward)
     try:
-        inspect.signature(reward).bind("completion", "solution")
+        signature.bind("completion", "solution")
     except TypeError as error:
-        raise ValueError(
-            f"{file}: {function}{inspect.signature(reward)} cannot be called as {function}(completion, solution) ({error})"
-        ) from None
+        call = f"{function}(completion, solution)"
+        raise ValueError(f"{file}: {function}{signature} cannot be called as {call} ({error})") from None
 
-    @functools.wraps(reward)
+    @wraps(reward)
     def checked(completion: str, solution: object, **settings) -> float:
         value = reward(completion, solution, **settings)
         try:

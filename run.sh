@@ -68,15 +68,15 @@ demo() {
             task=rows source=(--data "$out/data/train.jsonl" --eval_data "$out/data/val.jsonl")
             training=(--steps 120 --lr 2.5e-4) ;;
     esac
-    local common=(--num_processes 1 virft.py --task "$task" "${source[@]}" --max_completion_tokens 48 --overwrite true)
-    evaluation+=(--eval_only true --eval_batch 64)
+    local common=(--num_processes 1 virft.py --task "$task" "${source[@]}" --max_completion_tokens 48)
+    evaluation+=(--eval_only true --prompts_per_step 64)
+    rm -rf "$out/before" "$out/train" "$out/after"
     python demo/shapes.py "$family" --out "$out/data" "${pictures[@]}"
     echo "1/3  before: the tiny model of $model answers held-out pictures"
     launch "${common[@]}" --model "$model" "${evaluation[@]}" --out "$out/before"
     echo "2/3  GRPO"
     launch "${common[@]}" --model "$model" --out "$out/train" \
-        --prompts_per_step 16 --prompts_per_forward 8 --group_size 8 \
-        --beta2 0.99 --beta 0 --picture_every 100 "${training[@]}" "$@"
+        --prompts_per_step 16 --micro_batch 64 --group_size 8 --beta 0 "${training[@]}" "$@"
     echo "3/3  after"
     launch "${common[@]}" --model "$out/train/model" "${evaluation[@]}" --out "$out/after"
     python demo/report.py "$out"
@@ -84,12 +84,13 @@ demo() {
 
 demo_mia_dpo() {
     local out=runs/demo_mia_dpo model=demo/model_mia_dpo selection
-    local questions=(--task rows --max_completion_tokens 8 --layouts sequence2 sequence3 grid4 --cell 56 --overwrite true)
+    local questions=(--task rows --max_completion_tokens 8 --layouts sequence2 sequence3 grid4 --cell 56)
     evaluate_both() {  # MODEL FOLDER: asked about one of several pictures, and about the only one
-        local common=(--task rows --model "$1" --think false --max_completion_tokens 8 --eval_only true --eval_batch 64 --overwrite true)
+        local common=(--task rows --model "$1" --think false --max_completion_tokens 8 --eval_only true --prompts_per_step 64)
         launch virft.py "${common[@]}" --data "$out/held_out/questions.jsonl" --out "$out/$2/several"
         launch virft.py "${common[@]}" --data "$out/data/val.jsonl" --out "$out/$2/single"
     }
+    rm -rf "$out"
     python demo/shapes.py mia-dpo --out "$out/data" --val 800
     launch mia_dpo.py build "${questions[@]}" --data "$out/data/val.jsonl" --model "$model" --answers 0 --out "$out/held_out.jsonl"
     echo "before: the tiny model of $model answers held-out questions"
@@ -98,8 +99,8 @@ demo_mia_dpo() {
         echo "selection: $selection"
         launch mia_dpo.py build "${questions[@]}" --data "$out/data/train.jsonl" --model "$model" --out "$out/$selection.jsonl" \
             --selection "$selection" --limits sequence2=0.5 sequence3=0.333 grid4=0.25 --layer 1 --min_perplexity 1 --answers 4 --batch 32 "$@"
-        launch mia_dpo.py train --pairs "$out/$selection.jsonl" --model "$model" --out "$out/$selection/train" --overwrite true \
-            --epochs 3 --lr 5e-5 --gamma 0.5 --prompts_per_forward 16 "$@"
+        launch mia_dpo.py train --pairs "$out/$selection.jsonl" --model "$model" --out "$out/$selection/train" \
+            --epochs 3 --lr 5e-5 --gamma 0.5 --micro_batch 32 "$@"
         evaluate_both "$out/$selection/train/model" "$selection"
     done
     python demo/report.py "$out"
@@ -119,9 +120,9 @@ reproduce() {
     echo "$*" >"$out/flags"
     echo "2/3  GRPO"
     if [ ! -e "$out/train/finished" ]; then
-        if compgen -G "$out/train/checkpoints/step_??????" >/dev/null; then again=(--resume true); else again=(--overwrite true); fi
+        if compgen -G "$out/train/checkpoints/step_??????" >/dev/null; then again=(--resume true); else rm -rf "$out/train"; fi
         rm -rf "$out/train/model" "$out/after"  # what a training that failed may have left
-        launch "${common[@]}" --shots 4 --steps 200 --save_every 50 --keep_last 1 "$@" --out "$out/train" "${again[@]}"
+        launch "${common[@]}" --shots 4 --steps 200 --save_every 50 "$@" --out "$out/train" "${again[@]}"
         [ -e "$out/train/model" ] || { echo "run.sh: training was stopped; the same command goes on" >&2; exit 1; }
         touch "$out/train/finished"
     fi

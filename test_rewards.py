@@ -26,7 +26,7 @@ A_HALF = (100, 100, 300, 200)  # IoU with A: exactly 0.5, which is not above the
 
 
 def answer(*detections, think="<think>two shapes</think>") -> str:
-    """A completion in the published format; detections are (box, confidence)."""
+    """Write a completion in the published format; detections are (box, confidence)."""
     listed = [{"Position": list(box), "Confidence": confidence} for box, confidence in detections]
     return f"{think}<answer>{listed if listed else 'No Objects'}</answer>"
 
@@ -36,7 +36,7 @@ def raw(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# What is paid. Each row: what it shows, completion, targets, iou, confidence.
+# What earns what. Each row: what it shows, completion, targets, iou, confidence.
 
 DETECTION = [
     ("exact box, sure", answer((A, 1.0)), [A], 1.0, 1.0),
@@ -184,24 +184,32 @@ def test_choose_binds_what_a_reward_takes_and_refuses_unknown_names():
 # Where we differ from the published code, and why.
 
 DIFFERENCES = [  # why, reward, completion, solution, published, ours
-    ("one NaN poisons a whole group's advantages", "confidence", raw("[{'Position': [100, 100, 300, 300], 'Confidence': nan}]"), [A], None, 0.0),
-    ("a boast of 1e9 was clipped to 1.0 and paid", "iou", raw("[{'Position': [100, 100, 300, 300], 'Confidence': 1e9}]"), [A], 1.0, 0.0),
+    ("one NaN poisons a whole group's advantages", "confidence",
+     raw("[{'Position': [100, 100, 300, 300], 'Confidence': nan}]"), [A], None, 0.0),
+    ("a boast of 1e9 was clipped to 1.0 and paid", "iou",
+     raw("[{'Position': [100, 100, 300, 300], 'Confidence': 1e9}]"), [A], 1.0, 0.0),
     ("a negative confidence", "iou", answer((A, -1)), [A], 1.0, 0.0),
-    ("models often break the line inside the answer", "iou", raw(f"\n{[{'Position': list(A), 'Confidence': 1}]}\n"), [A], 1 - 1, 1.0),
+    ("models often break the line inside the answer", "iou",
+     raw(f"\n{[{'Position': list(A), 'Confidence': 1}]}\n"), [A], 1 - 1, 1.0),
     ("a right No Objects must pay, or boxes are always invented", "iou", answer(), [], 0.0, 1.0),
     ("an empty list says the same", "confidence", raw("[]"), [], 0.0, 1.0),
-    ("areas of reversed boxes are meaningless, up to GIoU 26", "giou", raw("(815,833),(687,504)"), (762, 489, 835, 853), 2.5848, 0.0),
+    ("areas of reversed boxes are meaningless, up to GIoU 26", "giou",
+     raw("(815,833),(687,504)"), (762, 489, 835, 853), 2.5848, 0.0),
     ("a reversed box is no box for detection either", "confidence", answer(((300, 300, 100, 100), 0.1)), [A], 0.9, 0.0),
     ("without an answer block there is no answer", "iou", f"{[{'Position': list(A), 'Confidence': 1}]}", [A], 1.0, 0.0),
     ("two answers hedge", "format", raw("a") + "<answer>b</answer>", [A], 1.0, 0.0),
-    ("two answers hedge, and the first was paid", "iou", answer((A, 1.0)) + "<answer>No Objects</answer>", [A], 1.0, 0.0),
+    ("two answers hedge, and the first was paid", "iou",
+     answer((A, 1.0)) + "<answer>No Objects</answer>", [A], 1.0, 0.0),
     ("white space at the ends is nobody's fault", "format", " <think>a</think><answer>b</answer>\n", [A], 0.0, 1.0),
     ("a substring is not a name", "accuracy", raw("rose or lily or daisy"), "rose", 1.0, 0.0),
     ("the empty answer is a substring of every name", "accuracy", raw(""), "rose", 1.0, 0.0),
-    ("a list cut off was repaired and paid", "iou", raw(f"[{{'Position': {list(A)}, 'Confidence': 1}}, {{'Posi"), [A], 1.0, 0.0),
-    ("a code fence is how models quote", "iou", raw(f"```\n{[{'Position': list(A), 'Confidence': 1}]}\n```"), [A], 0.0, 1.0),
+    ("a list cut off was repaired and paid", "iou",
+     raw(f"[{{'Position': {list(A)}, 'Confidence': 1}}, {{'Posi"), [A], 1.0, 0.0),
+    ("a code fence is how models quote", "iou",
+     raw(f"```\n{[{'Position': list(A), 'Confidence': 1}]}\n```"), [A], 0.0, 1.0),
     ("decimals are numbers", "giou", raw("(100.0,100.0),(300.0,300.0)"), A, 0.0, 2.0),
-    ("corners of two boxes were mixed into one", "giou", raw("(402,499),(914,951) (456,136),(594,614)"), (313, 577, 904, 983), 0.7703, 0.0),
+    ("corners of two boxes were mixed into one", "giou",
+     raw("(402,499),(914,951) (456,136),(594,614)"), (313, 577, 904, 983), 0.7703, 0.0),
 ]  # fmt: skip
 
 
@@ -216,7 +224,7 @@ def test_equal_confidences_are_settled_by_iou_not_by_the_order_of_the_text():
         assert rewards.iou_reward(answer(*order), [A]) == pytest.approx(0.5)  # published: 9/22 for the first order
 
 
-# Kinds of shared/data/reward_vectors in which ours differs on purpose, by reward. A reversed or empty box makes the
+# Kinds of shared/data/reward_vectors in which our rewards differ on purpose. A reversed or empty box makes the
 # whole answer malformed wherever it appears, and jittered boxes reverse by chance: such rows are recognized below.
 DIFFERENT_KINDS = {
     "iou": {"newline", "notag", "twoans", "wild"},
@@ -266,12 +274,12 @@ def has_reversed_box(completion: str) -> bool:
 RANGES = {"iou": 1, "confidence": 1, "brier": 1, "format": 1, "accuracy": 1, "published_accuracy": 1, "giou": 2}
 SOLUTIONS = {"accuracy": ["rose"], "published_accuracy": ["rose"], "giou": [A]}
 
-pieces = st.sampled_from(
-    "<think> </think> <answer> </answer> [ ] { } ( ) , : ' \" 'Position': 'Confidence': No Objects [[ ]] ``` 0 1 100 300 "
-    "1e400 -1e400 nan inf - . 0.5 1e308 -1e308 1e-320 99999999999999999999 \n \0 é 🙂 {'Position':[1,2,3,4],'Confidence':1}".split(
-        " "
-    )
+PIECES = (
+    "<think> </think> <answer> </answer> [ ] { } ( ) , : ' \" 'Position': 'Confidence': No Objects [[ ]] ``` 0 1 100 "
+    "300 1e400 -1e400 nan inf - . 0.5 1e308 -1e308 1e-320 99999999999999999999 \n \0 é 🙂 "
+    "{'Position':[1,2,3,4],'Confidence':1}"
 )
+pieces = st.sampled_from(PIECES.split(" "))
 near_misses = st.lists(pieces, max_size=40).map("".join)
 answers = st.one_of(st.text(), near_misses, near_misses.map(raw), near_misses.map(lambda s: raw(f"[{s}]")))
 coordinates = st.integers(0, 1000) | st.floats(-1e4, 1e4, allow_nan=False)
@@ -326,7 +334,7 @@ small_boxes = corner_and_sides.map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[
 
 @given(a=small_boxes, b=small_boxes)
 def test_iou_counts_pixels(a, b):
-    """The oracle: on a grid of unit cells, boxes are sets of cells."""
+    """Compute IoU by counting the unit cells of a grid, as the oracle."""
     cells = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (a, b)]
     union = len(cells[0] | cells[1])
     enclosing = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
@@ -382,7 +390,7 @@ def test_a_junk_box_without_confidence_earns_the_confidence_reward_in_full():
 
 
 def test_the_linear_score_drives_confidences_to_the_ends_and_brier_does_not():
-    """A box that is right 7 times in 10: the linear score is best at 1, the Brier score at 0.7."""
+    """Check a box that is right 7 times in 10: the linear score is best at 1, the Brier score at 0.7."""
 
     def expected(reward, confidence):
         return 0.7 * reward(answer((A, confidence)), [A]) + 0.3 * reward(answer((A, confidence)), [C])
@@ -393,14 +401,14 @@ def test_the_linear_score_drives_confidences_to_the_ends_and_brier_does_not():
 
 
 def test_a_better_box_can_earn_less_in_total():
-    """Crossing the threshold at low confidence turns 1 - c into c: what IoU gains, confidence loses."""
+    """Cross the threshold at low confidence: 1 - c turns into c, and confidence loses what IoU gains."""
     worse, better = answer(((100, 100, 300, 199), 0.1)), answer(((100, 100, 300, 202), 0.1))
     total = [rewards.iou_reward(c, [A]) + rewards.confidence_reward(c, [A]) for c in (worse, better)]
     assert total[0] == pytest.approx(0.9) and total[1] == pytest.approx(0.51 + 0.1)
 
 
 def test_a_greedy_match_can_take_another_boxs_target():
-    """With more targets a better box can earn less: it now overlaps most a target that another box needed."""
+    """Check that a better box can earn less with more targets: it takes a target that another box needed."""
     targets = [(0, 0, 100, 100), (0, 30, 100, 130)]
     needs_first = ((0, 0, 100, 92), 0.5)
     modest = answer(((0, 36, 100, 136), 0.9), needs_first)  # takes the second target, leaves the first

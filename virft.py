@@ -1,317 +1,328 @@
-"""ViRFT: reinforcement fine-tuning of vision-language models with verifiable rewards, in one file.
+"""ViRFT: reinforcement fine-tuning of vision-language models with verifiable rewards.
 
-Visual-RFT (arXiv 2503.01785) trains a vision-language model with GRPO (arXiv 2402.03300) on rewards that a
-program can check: the IoU of boxes, their confidence, a class name, the answer's format. For every step:
+Train a vision-language model with GRPO (arXiv 2402.03300) on rewards that a program can check, as Visual-RFT
+(arXiv 2503.01785) does: the IoU of boxes, their confidence, a class name, the answer's format. Every step:
 
-  1. q      take prompts: an image and a question about it
+  1. q      take B prompts: an image and a question about it
   2. o_i    sample G completions of each prompt from the policy pi_theta
-  3. r_i    score each completion's text: r_i = sum of weighted rewards (rewards.py)
+  3. r_i    score the text of each completion: r_i = weighted sum of rewards (rewards.py)
   4. A_i    compare within the group: A_i = (r_i - mean(r)) / (std(r) + 1e-4)
-  5. rho    = pi_theta(o_it) / pi_old(o_it), token by token; pi_old is the policy that sampled
-  6. loss   = mean of -min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + beta KL(pi_theta || pi_ref)
-  7. step   along its gradient, and go on with new samples
+  5. rho    compute pi_theta(o_it) / pi_old(o_it) for each token; pi_old is the policy that sampled
+  6. loss   average -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta KL(pi_theta || pi_ref)
+            over the tokens of a completion, then over completions
+  7. step   follow the gradient; the next step samples anew
 
 What differs from the paper and its released code, and why:
 
   - A prompt and its image are encoded once per group, not G times, in sampling, in the reference pass and in
-    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies, which carry gradients.
-    Only where a model's cache cannot carry them (linear attention) scoring and training repeat the prompt.
-  - We sample with our own loop, because `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1,
+    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies.
+  - The sampling loop is our own. `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1, which gives
     G identical answers), and sampler and scorer must be one distribution.
-  - Coordinates, rewards and their edge cases are stated and tested: see data.py and rewards.py.
 
     accelerate launch virft.py --task coco                               # Qwen2-VL-2B on the released data
     accelerate launch virft.py --task coco --data DIR --model NAME       # COCO on disk
-    accelerate launch virft.py --task coco --data DIR --model NAME --eval_only true
     bash run.sh                                                          # offline demo, no GPU
 
-A new reward goes into rewards.py (REWARDS), a new task into data.py (TASKS), a score into evaluate.py; what families of
-models differ in, loading, adapters, shards and checkpoints into models.py; a new setting into Config below, a new
-metric of training into `rollout_metrics`.
+This file trains with rewards.py and data.py alone; extras/ holds what a run opts into. To change something: a reward is
+a function in rewards.py (REWARDS), a task an entry of data.TASKS; here a normalization is an entry of NORMALIZATIONS, a
+ratio one of RATIOS, a metric a line in `rollout_metrics` or `update`, a setting a line in Config.
 
 Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary, and
-N = B * G rows, which are grouped: prompt 0 completion 0, prompt 0 completion 1, ...
+N = B * G rows in this order: prompt 0 completion 0, prompt 0 completion 1, ...
 """
 
+import argparse
 import contextlib
 import copy
 import difflib
 import hashlib
+import importlib
 import json
 import math
 import os
-import random
-import re
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from operator import ge, gt, lt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+import transformers  # its Auto classes are loaded when they are first used, which keeps --help fast
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, HfArgumentParser
+from transformers import DynamicCache, DynamicLayer, StaticLayer
+from transformers.hf_argparser import string_to_bool
 
 import data
-import evaluate
-import models
-from data import CATEGORY_SPLITS, DataError, Example, Prompt, Prompts
-from models import Checkpoint, next_position, prompts_in_common, repeated_logits, shares_prompt, told_positions
+from data import CATEGORY_SPLITS, CONVENTIONS, MIN_PIXELS, TASKS, DataError, Example, Prompt, Prompts
 from rewards import choose_rewards, reward_weights
 
 
-def option(default: Any, help: str, heading: str | None = None) -> Any:
-    """A Config field with its line of help, and the heading in --help that begins with it; lists get a factory."""
+def setting(default: Any, help: str, heading: str | None = None, **rules) -> Any:
+    """Declare a field of Config; rules: least, above, below or choices of its values; heading: the one it begins in --help."""
     usual = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**usual, metadata={"help": help, "heading": heading})
-
-
-class Parser(HfArgumentParser):
-    """Flags from dataclasses of `option` fields, under their headings; each has one name, which may be cut short, and shows its type."""
-
-    group = None
-
-    def add_argument(self, *names, heading: str | None = None, **settings):
-        if heading:
-            self.group = self.add_argument_group(heading)
-        if not self.group:  # --help itself
-            return super().add_argument(*names, **settings)
-        if settings.get("action") == "store_false":
-            return None  # --no_x beside --x false: a second name, shown with a default that misleads
-        if "type" in settings:
-            settings["metavar"] = settings["type"].__name__.replace("string_to_bool", "bool").upper()
-        return self.group.add_argument(names[0], **settings)
-
-    def settings(self, argv: list[str] | None) -> Any:
-        """The dataclass with what the command line sets; SystemExit at a flag that it does not have."""
-        found, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].lstrip("-"), vars(found), n=1)
-            meant = f"did you mean --{near[0]}? " if near else ""
-            raise SystemExit(f"{' '.join(unknown)}: there is no such flag; {meant}--help lists them")
-        return found
-
-
-LOSSES = ("grpo", "dr_grpo", "dapo")  # see token_weights
-FLOAT32_BLOCK = 2**25  # logits that are float32 at once, 128 MiB
-CHECKED = 16  # examples that --check looks at
+    return field(**usual, metadata={"help": help, "heading": heading, "rules": rules})
 
 
 @dataclass
 class Config:
-    """Every setting, documented here and nowhere else: `python virft.py --help` prints these lines."""
+    """Hold every setting; `python virft.py --help` prints these lines."""
 
-    task: str = option("coco", f"task of data.TASKS: {', '.join(data.TASKS)}", heading="What is trained on what")
-    model: str = option("Qwen/Qwen2-VL-2B-Instruct", "model folder or hub name; also the reference of the KL term")
-    revision: str | None = option(None, "branch, tag or commit of a model on the hub")
-    data: str | None = option(None, "dataset folder, file or hub name; by default the task's released dataset")
-    eval_data: str | None = option(None, "dataset to evaluate on; by default the validation split of --data")
-    out: str = option("runs/virft", "run folder: metrics, rollouts, pictures and the trained model")
-    overwrite: bool = option(False, "replace an existing run folder")
+    task: str = setting("coco", "what is asked and rewarded", "What is trained on what", choices=TASKS)
+    model: str = setting("Qwen/Qwen2-VL-2B-Instruct", "model folder, or NAME or NAME@REVISION on the hub")
+    data: str | None = setting(None, "dataset folder, file or hub name; default: the task's released dataset")
+    eval_data: str | None = setting(None, "dataset to evaluate on; default: the validation split of --data")
+    out: str = setting("runs/virft", "run folder for metrics, rollouts, pictures and the trained model")
 
-    categories: str | None = option(
-        None,
-        f"categories, separated by commas, or base65, {', '.join(CATEGORY_SPLITS)}; default all",
-        heading="Examples",
-    )
-    shots: int | None = option(None, "few-shot: this many training images per category, chosen by seed")
-    negatives: float = option(0.0, "share of examples that ask for an absent category (right answer: No Objects)")
-    max_boxes: int | None = option(None, "leave out training examples with more boxes than this")
-    skip_bad_images: bool = option(
-        False, "leave out images that are missing, broken or wrongly annotated, and count them"
-    )
-    max_pixels: int = option(401408, "images are fitted to at most this many pixels (401408 = 512 patches of 28 x 28)")
-    min_pixels: int = option(3136, "and to at least this many")
-    coordinates: str = option(
-        "auto", "what the model reads and writes: relative (0..1000), pixels, or auto by model family"
-    )
-    think: bool = option(True, "ask for <think> before <answer>; false: answer only, and format judged on it alone")
-    system_prompt: str | None = option(None, "system message before each question")
+    categories: str | None = setting(None, f"names with commas, or base65, {', '.join(CATEGORY_SPLITS)}", "Examples")
+    shots: int | None = setting(None, "training images per category (few-shot), chosen by seed", least=1)
+    negatives: float = setting(0.0, "share of examples that ask for an absent category", least=0, below=1)
+    max_boxes: int | None = setting(None, "leave out training examples with more boxes than this")
+    skip_bad_images: bool = setting(False, "leave out and count images that are missing, broken or wrongly annotated")
+    max_pixels: int = setting(401408, "largest image in pixels (401408 = 512 patches of 28 x 28)", least=MIN_PIXELS)
+    coordinates: str = setting("auto", "what the model speaks; relative: 0..1000", choices=("auto", *CONVENTIONS))
+    think: bool = setting(True, "ask for <think> before <answer>; false: for the answer alone, in the format reward too")
+    system_prompt: str | None = setting(None, "system message before each question")
 
-    rewards: list[str] = option(
-        [],
-        "rewards and weights, such as iou=1 brier=0.5 my_rewards.py:my_reward=2; default: the task's",
-        heading="The algorithm",
-    )
-    iou_threshold: float = option(0.5, "a box counts as found if its IoU is above this")
-    group_size: int = option(8, "G, completions per prompt")
-    max_completion_tokens: int = option(512, "a completion that has not ended by then is truncated")
-    temperature: float = option(1.0, "of the sampler and of the scorer alike")
-    loss: str = option("grpo", "normalization of the token losses: grpo, dr_grpo or dapo (see token_weights)")
-    eps_low: float = option(0.2, "the ratio is clipped below 1 - eps_low")
-    eps_high: float = option(0.2, "and above 1 + eps_high")
-    beta: float = option(0.04, "weight of the KL to the reference model; 0 loads no reference")
-    inner_epochs: int = option(1, "optimizer steps on the same completions; clipping acts from the second on")
-    mask_truncated: bool = option(False, "leave truncated completions out of the loss; they stay in their group's mean")
+    rewards: list[str] = setting([], "such as iou=1 brier=0.5 my.py:my_reward=2; default: the task's", "The algorithm")
+    iou_threshold: float = setting(0.5, "a box counts as found if its IoU is above this", least=0, below=1)
+    group_size: int = setting(8, "completions per prompt, G; they are compared with each other", least=2)
+    max_completion_tokens: int = setting(512, "completions that have not ended by then are truncated", least=1)
+    temperature: float = setting(1.0, "temperature of sampler and scorer alike", above=0)
+    loss: str = setting("grpo", "what token losses are averaged over", choices=lambda: NORMALIZATIONS)
+    scale_advantages: str = setting("auto", "by 1 / std; auto: as published, not in dr_grpo", choices=("auto", "true", "false"))
+    clip: list[float] = setting([0.2, 0.2], "how far the ratio may fall below and rise above 1 (epsilon)", least=0)
+    beta: float = setting(0.04, "weight of the KL to the reference model; 0 loads no reference", least=0)
+    inner_epochs: int = setting(1, "optimizer steps on the same completions; clipping acts from the second on", least=1)
+    mask_truncated: bool = setting(False, "leave truncated completions out of the loss, but in their group's mean")
 
-    steps: int = option(200, "training steps (sample, score, update)", heading="Optimization")
-    prompts_per_step: int = option(16, "prompts of one step over all processes and micro-batches")
-    prompts_per_forward: int = option(1, "prompts of one training forward and backward on one process")
-    lr: float = option(1e-6, "peak learning rate, decaying linearly to 0")
-    warmup_steps: int = option(0, "steps of linear warm-up")
-    beta2: float = option(0.999, "second-moment decay of AdamW (the first is 0.9)")
-    weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    seed: int = option(0, "decides the order of examples and every sampled token")
+    steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
+    prompts_per_step: int = setting(16, "prompts of one step over all processes; evaluation decodes as many", least=1)
+    micro_batch: int = setting(0, "completions of one training pass, a part of a group or several; 0: one group", least=0)
+    lr: float = setting(1e-6, "peak learning rate, decaying linearly to 0", above=0)
+    warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
+    seed: int = setting(0, "seed of the order of examples and of every sampled token")
 
-    lora_rank: int = option(
-        0,
-        "train adapters of this rank (peft, alpha = 2 x rank) on the language model; 0: the weights",
-        heading="Memory and several GPUs",
-    )
-    freeze_vision: bool = option(False, "train the language model only; with --lora_rank it is so anyway")
-    micro_batch: int = option(0, "completions scored at once, each chunk recomputed in the backward pass; 0: all")
-    shard: bool = option(
-        False, "share weights, gradients and optimizer out over the processes (FSDP2), not copy them (DDP)"
-    )
+    lora_rank: int = setting(0, "rank of adapters on the language model; 0: none", "Memory and several GPUs", least=0)
+    freeze_vision: bool = setting(False, "train the language model only; with --lora_rank it is so anyway")
+    shard: bool = setting(False, "divide weights, gradients and optimizer among the processes (FSDP2)")
+    workers: int = setting(2, "processes per GPU that open and resize images ahead of the step", least=0)
 
-    save_every: int = option(
-        0, "write a checkpoint every so many steps; 0: only when interrupted", heading="Interruptions"
-    )
-    keep_last: int = option(2, "checkpoints that are kept, the newest ones")
-    resume: bool = option(False, "go on with the run in --out from its newest checkpoint")
+    save_every: int = setting(0, "steps between checkpoints; 0: only when interrupted", "Interruptions", least=0)
+    resume: bool = setting(False, "continue the run in --out from its newest checkpoint")
 
-    workers: int = option(
-        2, "processes per GPU that open and resize images ahead of the step", heading="Seeing what happens"
-    )
-    check: bool = option(False, f"sample answers to {CHECKED} examples, say what looks wrong, train nothing, and stop")
-    eval_only: bool = option(False, "evaluate --model on the validation split and stop")
-    eval_every: int = option(0, "evaluate every so many steps; 0: never")
-    eval_limit: int | None = option(None, "evaluate on this many examples, chosen by seed, instead of all")
-    eval_categories: str = option(
-        "gt",
-        "each image is asked for: gt, what it shows (and --negatives); all categories; listed: all of --categories",
-    )
-    eval_batch: int = option(16, "prompts decoded at once in evaluation")
-    picture_every: int = option(50, "draw a training answer every so many steps; 0: never")
-    report_to: list[str] = option([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
-    ask: str | None = option(None, "path of one picture: answer for --categories, print, draw, and stop")
+    check: bool = setting(False, "sample 16 examples, say what looks wrong, and stop", "Seeing what happens")
+    ask: str | None = setting(None, "picture to answer --categories about; print, draw, and stop")
+    eval_only: bool = setting(False, "evaluate --model on the validation split and stop")
+    eval_every: int = setting(0, "steps between evaluations; 0: none", least=0)
+    eval_limit: int | None = setting(None, "evaluate on this many examples, chosen by seed; default: all", least=1)
+    eval_categories: str = setting("gt", "ask for those in the image (gt), all, or all of --categories", choices=("gt", "all", "listed"))
+    report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
+
+
+FLOAT32_BLOCK = 2**25  # logits that are float32 at once: 128 MiB
+LOOK_EVERY = 16  # tokens between two looks of the sampler at which rows have ended: looking waits for the GPU
+MAX_GRAD_NORM = 1.0  # the paper's; rewards are bounded, so a larger gradient is an outlier
+ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # the paper's
+PICTURE_EVERY = 50  # steps between two pictures of a training answer
 
 
 # ================================================================================================
 # The algorithm, in the order in which it happens.
+#
+# Each prompt is encoded once. What models differ in is asked of the model and its cache; no family is known by name.
 
 
 class Prefix(NamedTuple):
-    """Encoded prompts, as the beginnings of completions: B rows from `prefill`, then N from `fork`."""
+    """Encoded prompts that completions continue: B rows from `prefill`, N rows from `fork`."""
 
-    cache: Any  # keys and values; grows as `branch` feeds tokens
-    logits: Tensor  # [N, V], predicting the next token
-    mask: Tensor  # [N, P], 0 on the left padding
-    position: Tensor  # [N, 1] (or one such per rotary axis), position id of the completion's first token
-    sight: dict[str, Tensor]  # with cross attention, [N, 1, ...]: which of the images a completion sees
+    cache: Any  # keys and values; `branch` and `sample` append to it
+    logits: Tensor  # [N, V], of the first completion token
+    mask: Tensor  # [N, P], 0 on left padding
+    position: Tensor  # [N, 1], or [3, N, 1] with several rotary axes: position of the first completion token
+    sight: dict[str, Tensor]  # with cross attention, [N, 1, ...]: which images a completion attends to
 
 
 def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
-    """Run the B left-padded prompts and their images through the model, once for all their completions."""
+    """Run B left-padded prompts and their images through the model, once for all their completions."""
     mask = inputs["attention_mask"]  # [B, P]
-    out = model(**inputs, **told_positions(model, mask), use_cache=True, logits_to_keep=1)
-    # With cross attention the inputs say of each token which images it sees: a completion sees what the prompt's end sees.
+    # Positions must not count padding. Models with several rotary axes (Qwen-VL, GLM-V) derive theirs from mask and image
+    # grids, and note in rope_deltas how far they lag behind the length: an image takes fewer positions than tokens.
+    axes = next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
+    told = {} if axes else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    out = model(**inputs, **told, use_cache=True, logits_to_keep=1)
+    position = mask.sum(1, keepdim=True)  # of the next token
+    if axes:
+        position = (position + axes.rope_deltas).expand(3, -1, -1)  # text advances alike on all axes
+    # Mllama's cross_attention_mask [B, P, images, tiles]: completions attend to the images that the last token does.
     sight = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
-    return Prefix(out.past_key_values, out.logits[:, -1], mask, next_position(model, mask), sight)
+    return Prefix(out.past_key_values, out.logits[:, -1], mask, position, sight)
 
 
 def fork(prefix: Prefix, rows: Tensor) -> Prefix:
-    """A prefix of its own for every completion: that of completion i is row rows[i].
+    """Copy the prefix once per completion: completion i continues row rows[i].
 
-    Copying keys and values is cheap; repeating prompts would cost G vision towers and G * P tokens. Gradients flow
-    from every completion through its copy into the one prompt, and on into the vision tower.
+    Copying keys and values is cheap; repeating prompts would cost G vision towers and G * P tokens. Indexing is
+    differentiable: the gradients of all copies add up in the one prompt. Cache and layers are copied shallowly, because
+    `reorder_cache` replaces their tensors and changes none in place.
     """
     cache = copy.copy(prefix.cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
-    cache.reorder_cache(rows)  # batch_select_indices would do it too, by an indexing that is 50 times slower
+    cache.reorder_cache(rows)
     sight = {name: x[rows] for name, x in prefix.sight.items()}
     return Prefix(cache, prefix.logits[rows], prefix.mask[rows], prefix.position[..., rows, :], sight)
 
 
 def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
-    """Feed n more tokens per completion, ids [N, n], after all that the cache holds; logits [N, n, V].
-
-    The same call decodes (n = 1) and scores (n = C - 1). Positions are passed, not left to what a model remembers.
-    """
-    done = prefix.cache.get_seq_length() - prefix.mask.shape[1]  # completion tokens in the cache so far
-    position = prefix.position + torch.arange(done, done + ids.shape[1], device=ids.device)
-    mask = F.pad(prefix.mask, (0, done + ids.shape[1]), value=1)
-    text = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-    sight = {name: x.repeat_interleave(ids.shape[1], 1) for name, x in prefix.sight.items()}
+    """Continue each row of a prefix by n tokens, ids [N, n], in one forward; return their logits [N, n, V]."""
+    n = ids.shape[1]
+    text = {"input_ids": ids, "attention_mask": F.pad(prefix.mask, (0, n), value=1)}
+    text["position_ids"] = prefix.position + torch.arange(n, device=ids.device)  # Qwen-VL would use its last offset
+    sight = {name: x.repeat_interleave(n, 1) for name, x in prefix.sight.items()}
     return model(**text, **sight, past_key_values=prefix.cache, use_cache=True).logits
 
 
 def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
-    """log pi(token | what came before), [..., V], in float32: the one distribution that is sampled and scored.
+    """Return log pi(token | everything before), [..., V], in float32: the one distribution that is sampled and scored.
 
-    No top-k, no top-p. `forbidden` ids are image placeholders: one in a completion would pass for an image.
+    No top-k, no top-p. `forbidden` ids are image placeholders: one in a completion would pass for an image. The scorer
+    leaves them out too, or it would not score what was sampled.
     """
-    logits = logits.float() / temperature  # whatever precision they come in, the softmax adds no error of its own
+    logits = logits.float() / temperature  # a copy; a log-softmax in bf16 is wrong in its second digit
     logits[..., forbidden] = -torch.inf
     return logits.log_softmax(-1)
+
+
+# 2. Sample ---------------------------------------------------------------------------------------
+
+
+def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
+    """Draw uniform numbers in [0, 1), [B * G, max_tokens] float64, from one generator per prompt.
+
+    A prompt's completions are then the same in any batch and on any process, unlike those of torch.multinomial.
+    """
+    seeds = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") for key in keys]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.rand(group_size, max_tokens, dtype=torch.float64, generator=g) for g in generators])
+
+
+def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
+    """Give the growing layers of a cache room for `tokens` more: decoding then changes no shape and moves no memory."""
+    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()  # hold images, do not grow
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicLayer) and i not in crossing:
+            cache.layers[i] = StaticLayer(layer.keys.shape[-2] + tokens)
+            cache.layers[i].update(layer.keys, layer.values)
+
+
+def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tensor | dict[str, Tensor | None]:
+    """Return which keys the token at `column` attends to, [N, 1, 1, keys], per kind of layer if there are several.
+
+    mask [N, P + max_tokens]: True on tokens that exist and are no padding. transformers uses a mask of four dimensions
+    as it is; of two it would build one per token and wait for the GPU. Sliding layers have kept the last keys only.
+    """
+    text = model.config.get_text_config()
+    kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None) or mask.shape[1]
+    keys = min(layer.keys.shape[-2] for layer in cache.layers if isinstance(layer, StaticLayer))
+    near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, None, None, -keys:]
+    seen = {"full_attention": mask[:, None, None], "sliding_attention": near, "linear_attention": None}
+    return {kind: seen[kind] for kind in kinds} if len(kinds) > 1 else near
 
 
 def sample(
     model: nn.Module, inputs: dict[str, Tensor], group_size: int, noise: Tensor | None, max_tokens: int, eos: Tensor,
     temperature: float, forbidden: Tensor,
-) -> Tensor:  # fmt: skip
-    """Sample G completions of each of B prompts: token ids [B * G, C], C <= max_tokens.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sample G completions of each of B prompts; return token ids and their log-probabilities, both [B * G, C].
 
-    noise: uniform numbers in [0, 1), [B * G, max_tokens] float64, which decide the tokens; None takes the most
-    probable token instead. Behind its first EOS a row is filled with EOS, which completion_mask leaves out.
+    noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its first
+    EOS a row is padded with EOS. Between two looks no shape changes and the CPU does not wait for the GPU; therefore rows
+    that have ended are decoded on until half of them have.
     """
-    rows = torch.arange(len(inputs["input_ids"]) * group_size, device=eos.device)
-    prompts, ids = prefill(model, inputs), eos[0].repeat(len(rows), max_tokens)
-    with prompts_in_common(model, prompts.cache, crosses=bool(prompts.sight)):  # read in one place: fork copies nothing
-        prefix, going = fork(prompts, rows // group_size), rows  # going: the rows that have not ended
-        logits = prefix.logits
-        for t in range(max_tokens):
-            logp = log_distribution(logits, temperature, forbidden)
-            if noise is None:
-                token = logp.argmax(-1)
-            else:
-                # The inverse of the cumulative distribution, in float64: float32 sums over 150,000 tokens lose the rare.
-                # right=True, or noise that is 0 would take a first token of probability 0.
-                cdf = logp.double().exp().cumsum(-1)
-                token = torch.searchsorted(cdf, noise[going, t, None] * cdf[:, -1:], right=True).squeeze(1)
-            ids[going, t] = token
-            on = (~torch.isin(token, eos)).nonzero().squeeze(1)
-            if t + 1 == max_tokens or len(on) == 0:
+    B, P = inputs["input_ids"].shape
+    rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
+    ids, logps = eos[0].repeat(len(rows), max_tokens), torch.zeros(len(rows), max_tokens, device=eos.device)
+    ended, t = torch.zeros_like(rows, dtype=torch.bool), torch.zeros(1, dtype=torch.long, device=eos.device)
+    prompts = prefill(model, inputs)
+    reserve(model, prompts.cache, max_tokens)
+    prefix = fork(prompts._replace(mask=F.pad(prompts.mask.bool(), (0, max_tokens))), rows // group_size)
+
+    def draw() -> Tensor:
+        logp = log_distribution(prefix.logits, temperature, forbidden)
+        if noise is None:
+            token = logp.argmax(-1)
+        else:
+            # Invert the cumulative distribution: the first token at which it exceeds the noise. In float64, because a
+            # float32 sum over 150,000 tokens rounds rare ones away; right=True, or noise 0 could draw probability 0.
+            cdf = logp.double().exp().cumsum(-1)
+            token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
+        token = torch.where(ended[rows], eos[0], token)
+        ids[rows, t], logps[rows, t] = token, logp.gather(1, token[:, None])[:, 0].masked_fill(ended[rows], 0.0)
+        ended[rows] = torch.isin(token, eos)
+        return token
+
+    def step() -> None:
+        token = draw()
+        prefix.mask.index_fill_(1, P + t, True)
+        seen = visible(model, prefix.cache, prefix.mask, P + t)
+        text = {"input_ids": token[:, None], "attention_mask": seen, "position_ids": prefix.position + t}
+        out = model(**text, **prefix.sight, past_key_values=prefix.cache, use_cache=True)
+        prefix.logits.copy_(out.logits[:, -1])
+        t.add_(1)
+
+    for done in range(1, max_tokens):
+        step()
+        if done % LOOK_EVERY == 0:
+            going = (~ended[rows]).nonzero().squeeze(1)
+            if len(going) == 0:
                 break
-            if len(on) < len(going):  # finished rows leave, so that the longest answer does not cost for all
-                prefix, going, token = fork(prefix, on), going[on], token[on]
-            logits = branch(model, prefix, token[:, None])[:, -1]
-    return ids[:, : max(t + 1, 2)]  # two columns at least, so that all processes make the same calls when scoring
+            if 2 * len(going) <= len(rows):
+                prefix, rows = fork(prefix, going), rows[going]
+    else:
+        draw()
+    C = max(2, int(completion_mask(ids, eos).sum(1).max()))  # at least two, so that scoring always has a `branch`
+    return ids[:, :C], logps[:, :C]
 
 
 def completion_mask(ids: Tensor, eos: Tensor) -> Tensor:
-    """True up to and including the first EOS of each row, [B * G, C]: the EOS is trained, what follows is not."""
+    """Return True up to and including the first EOS of each row, [N, C]: the EOS is trained, the padding after it not."""
     is_eos = torch.isin(ids, eos)
     return (is_eos.cumsum(1) - is_eos.long()) == 0  # by position: where pad == eos, a mask by value would drop the EOS
 
 
-def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
-    """A = (r - mean) / (std + 1e-4) within each group, std with ddof 1; rewards and result [B, G]. Visual-RFT eq. 2.
+# 4. Compare --------------------------------------------------------------------------------------
 
-    A group whose rewards are all equal gets 0: nothing to learn from it. scale=False leaves out the division, which
-    weighs very easy and very hard prompts up (Dr. GRPO, arXiv 2503.20783).
+
+def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
+    """Return A = (r - mean) / (std + 1e-4) within each group; rewards and result [B, G]. Visual-RFT eq. 2.
+
+    The group is its own baseline, so there is no value network. ddof 1 and 1e-4 are the released code's; 1e-4 bounds A
+    where rewards hardly differ. Equal rewards give 0 and stay in the batch: processes must take the same steps.
+    scale=False leaves out the division, which weighs very easy and very hard prompts up (arXiv 2503.20783).
     """
     centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
 
 
-def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi of the tokens that were chosen, and the entropy of what they were chosen from (no gradient).
+# 5. Log-probabilities and their gradients --------------------------------------------------------
 
-    logits [N, C, V], ids [N, C]; both results [N, C] float32. Tokens are done FLOAT32_BLOCK numbers at a time, each block
-    recomputed in the backward pass, so that no float32 tensor of all logits ever exists.
+
+def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log pi of the chosen tokens and the entropy they were chosen from (no gradient), both [N, C] float32.
+
+    logits [N, C, V] predict ids [N, C]. Blocks of FLOAT32_BLOCK logits are recomputed in the backward pass: float32
+    logits of a whole group, at a vocabulary of 150,000, would be larger than the rest of the graph.
     """
 
     def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,91 +333,174 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
 
     at_once = max(1, FLOAT32_BLOCK // logits.shape[-1])
     blocks = zip(logits.flatten(0, 1).split(at_once), ids.flatten().split(at_once))
-    parts = [checkpoint(tokens, *block, use_reentrant=False) for block in blocks]
-    return tuple(torch.cat(part).view_as(ids) for part in zip(*parts))
+    logps, entropies = zip(*(checkpoint(tokens, *block, use_reentrant=False) for block in blocks))
+    return torch.cat(logps).view_as(ids), torch.cat(entropies).view_as(ids)
 
 
-class CompletionLogps(nn.Module):
-    """The log-probabilities of completions as one forward of one module, which is what DDP can wrap.
+def completion_logps(
+    model: nn.Module, prompts: Prefix, rows: Tensor, ids: Tensor, temperature: float, forbidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log pi_theta(o_t | q, o_<t) and entropy of ids [n, C], both [n, C]; completion i continues prompt rows[i]."""
+    if not isinstance(prompts, Prefix):  # linear attention: see `encode`
+        return token_logps(prompts.logits(model, ids), ids, temperature, forbidden)
+    prefix = fork(prompts, rows)
+    first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # the prompt predicts the first token
+    rest = token_logps(branch(model, prefix, ids[:, :-1]), ids[:, 1:], temperature, forbidden)
+    return torch.cat([first[0], rest[0]], 1), torch.cat([first[1], rest[1]], 1)
 
-    micro_batch: completions at once, 0 for all; chunks are recomputed in the backward pass, so memory holds one of them.
+
+def shares_prompt(model: nn.Module) -> bool:
+    """Return whether gradients pass through the model's cache: not with linear attention, which overwrites its state."""
+    return not any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=model.config).layers)
+
+
+def encode(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """Encode B prompts for scoring: a Prefix, or for models with linear attention their prompts to be repeated."""
+    return prefill(model, inputs) if shares_prompt(model) else extra("repeated", "linear attention").Prompts(inputs)
+
+
+def score(model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, chunks: Sequence[Tensor], **distribution) -> Tensor:
+    """Return log pi [N, C] of completions ids [N, C] to B prompts, chunk by chunk of rows, without gradients."""
+    G = len(ids) // len(inputs["input_ids"])
+    with torch.no_grad():
+        prompts = encode(model, inputs)
+        return torch.cat([completion_logps(model, prompts, rows // G, ids[rows], **distribution)[0] for rows in chunks])
+
+
+def backward(
+    model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, chunks: Sequence[Tensor],
+    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], **distribution,
+) -> None:  # fmt: skip
+    """Backpropagate the sum over chunks of loss_of(rows, logp, entropy), encoding each prompt once.
+
+    Stage 1 encodes the prompts and detaches their logits, keys and values into leaves. Each chunk of completions goes
+    forward and backward at once and adds its gradients to the leaves: memory holds the graph of one chunk. Stage 2
+    backpropagates those sums through the prompts and their images. The gradient is that of one large graph.
+
+    ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
     """
+    G, prompts, ends, leaves = len(ids) // len(inputs["input_ids"]), encode(model, inputs), [], []
+    if isinstance(prompts, Prefix):
+        cache = copy.copy(prompts.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        ends = [prompts.logits, *(x for layer in cache.layers for x in (layer.keys, layer.values))]
+        leaves = [end.detach().requires_grad_(end.requires_grad) for end in ends]
+        for layer, keys, values in zip(cache.layers, leaves[1::2], leaves[2::2]):
+            layer.keys, layer.values = keys, values
+        prompts = prompts._replace(cache=cache, logits=leaves[0])
+    for rows in chunks:
+        logp, entropy = completion_logps(model, prompts, rows // G, ids[rows], **distribution)
+        loss_of(rows, logp, entropy).backward()
+    reached = [(end, leaf.grad) for end, leaf in zip(ends, leaves) if leaf.grad is not None]
+    if reached:
+        torch.autograd.backward(*zip(*reached))
 
-    def __init__(self, model: nn.Module, micro_batch: int = 0):
-        super().__init__()
-        self.model, self.micro_batch = model, micro_batch
 
-    def forward(self, inputs: dict, ids: Tensor, group_size: int, temperature: float, forbidden: Tensor):
-        """inputs: B prompts; ids [B * G, C]. Returns log pi_theta(o_t | q, o_<t) and entropy, both [B * G, C]."""
-        if not shares_prompt(self.model):
-            return token_logps(repeated_logits(self.model, inputs, ids, group_size), ids, temperature, forbidden)
-        prompts = prefill(self.model, inputs)
-
-        def score(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-            prefix = fork(prompts, rows)
-            first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # predicted by the prompt
-            if ids.shape[1] == 1:
-                return first
-            rest = token_logps(branch(self.model, prefix, ids[:, :-1]), ids[:, 1:], temperature, forbidden)
-            return tuple(torch.cat(pair, 1) for pair in zip(first, rest))
-
-        rows = torch.arange(len(ids), device=ids.device) // group_size
-        if not 0 < self.micro_batch < len(ids):
-            return score(rows, ids)
-        chunks = zip(*(x.split(self.micro_batch) for x in (rows, ids)))
-        return tuple(map(torch.cat, zip(*(checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks))))
+# 6. The loss -------------------------------------------------------------------------------------
 
 
 def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
-    """The k3 estimate of KL(pi_theta || pi_ref) per token: exp(d) - d - 1 with d = logp_ref - logp. GRPO eq. 4."""
-    d = logp_ref - logp
-    return torch.expm1(d) - d  # never negative, unbiased for tokens of pi_theta; expm1 keeps the digits near d = 0
+    """Return k3 = exp(d) - d - 1 with d = logp_ref - logp, per token: an estimate of KL(pi_theta || pi_ref). GRPO eq. 4.
 
-
-def token_weights(mask: Tensor, loss: str, max_completion_tokens: int) -> tuple[Tensor, Tensor]:
-    """What each token's loss counts, [N, C], and what the sum is to be divided by: mean over what?
-
-    grpo     mean over a completion's tokens, then over completions (the paper): each completion weighs the same,
-             so a token of a short completion weighs more
-    dr_grpo  sum over tokens / max_completion_tokens, then mean over completions: no length bias
-    dapo     mean over all tokens of the optimizer step (arXiv 2503.14476): each token weighs the same
-
-    The divisor is this mask's share of it; the caller adds up the shares of all processes.
+    It is unbiased for tokens of pi_theta and never negative; expm1 keeps the digits near d = 0. Its gradient is on
+    average that of KL(pi_ref || pi_theta), which has the same minimum: GRPO trains with that, and so do we. It is part
+    of the loss and not of the reward, where the group's mean and deviation would change its weight.
     """
-    tokens = mask.sum(1, keepdim=True)
-    weight = dict(zip(LOSSES, (1.0 / tokens.clamp(min=1), 1.0 / max_completion_tokens, 1.0)))[loss]
-    divisor = tokens.sum() if loss == "dapo" else (tokens > 0).sum()
-    return mask * weight, divisor
+    d = logp_ref - logp
+    return torch.expm1(d) - d
+
+
+# Mean over what? (mask [N, C], C_max) -> weights [N, C] and divisor: loss = sum(weights * token loss) / divisor. The
+# divisor counts one process; `update` adds up those of all processes.
+NORMALIZATIONS = {
+    # Mean over a completion's tokens, then over completions (the paper): a token of a short completion weighs more.
+    "grpo": lambda mask, C_max: (mask / mask.sum(1, keepdim=True).clamp(min=1), mask.any(1).sum()),
+    # Sum over tokens / max_completion_tokens, then mean over completions (arXiv 2503.20783): no bias by length.
+    "dr_grpo": lambda mask, C_max: (mask / C_max, mask.any(1).sum()),
+    # Mean over all tokens of the optimizer step (DAPO, arXiv 2503.14476): every token weighs the same.
+    "dapo": lambda mask, C_max: (mask.float(), mask.sum()),
+}
+
+
+def clipped_ratio(logp: Tensor, logp_old: Tensor, A: Tensor, mask: Tensor, eps: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return -min(rho A, clip(rho) A) per token and whether the clip removed its gradient, both [N, C]. GRPO eq. 3.
+
+    logp, logp_old, mask [N, C]; A [N, 1]; eps: how far rho may fall below and rise above 1.
+    """
+    rho = torch.where(mask, logp - logp_old, 0.0).exp()  # masked before exp: on padding, inf * 0 would be NaN
+    unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A
+    # min() removes the gradient of tokens that moved far enough in the good direction: A > 0 and rho = 1.5 gives the
+    # clipped constant. A move in the bad direction is always corrected: A < 0 and rho = 1.5 gives 1.5 A.
+    loss = -torch.minimum(unclipped, clipped)
+    return loss, clipped < unclipped
+
+
+RATIOS = {"token": clipped_ratio}  # (logp, logp_old, A, mask, eps) -> token loss, clipped
+RATIO = "token"  # the entry that trains; a setting once there are two
 
 
 def grpo_loss(
-    logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, advantages: Tensor, weights: Tensor,
-    eps_low: float, eps_high: float, beta: float,
+    logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, advantages: Tensor, mask: Tensor, weights: Tensor,
+    eps: Sequence[float], beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Sum over tokens of weight * (-min(rho A, clip(rho) A) + beta KL). GRPO eq. 3.
+    """Return the sum over tokens of weight * (ratio loss + beta KL) and, per token [N, C], the KL and what was clipped.
 
     logp, logp_old, logp_ref [N, C]: of pi_theta, of the policy that sampled, of the reference (None: no KL term);
-    advantages [N]; weights [N, C], 0 on tokens that do not count. Returns the loss and, per token [N, C], the KL
-    and whether the clip stopped the advantage's gradient.
+    advantages [N]; mask, weights [N, C]: the tokens that count and how much, see NORMALIZATIONS.
     """
-    counted = weights > 0
-    rho = torch.where(counted, logp - logp_old, 0.0).exp()  # masked before exp: on padding, inf * 0 would be NaN
-    A = advantages[:, None]
-    unclipped, clipped = rho * A, rho.clamp(1 - eps_low, 1 + eps_high) * A
-    # The minimum stops a change for the better at the edge, never one for the worse: with A < 0 and rho = 1.5 it is
-    # 1.5 A, and the gradient pulls the token down; with A > 0 and rho = 1.5 it is the clipped constant.
-    loss = -torch.minimum(unclipped, clipped)
-    reference = logp if logp_ref is None else logp_ref  # KL 0 without a reference
-    kl = kl_to_reference(torch.where(counted, logp, 0.0), torch.where(counted, reference, 0.0))
-    return (weights * (loss + beta * kl)).sum(), kl.detach(), (clipped < unclipped).detach()
+    loss, clipped = RATIOS[RATIO](logp, logp_old, advantages[:, None], mask, eps)
+    reference = logp if logp_ref is None else logp_ref  # without a reference the KL of pi_theta to itself: 0
+    kl = kl_to_reference(torch.where(mask, logp, 0.0), torch.where(mask, reference, 0.0))
+    return (weights * (loss + beta * kl)).sum(), kl.detach(), clipped
 
 
-def rollout(run: "Run", prompts: list[Prompt], step: int) -> "Rollout":
-    """Items 2 to 4 of the method; a group lives on one process, so comparing needs no communication."""
+# One step ----------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """What one process sampled in a step, and how it was judged."""
+
+    prompts: list[Prompt]
+    ids: Tensor  # [N, C]
+    mask: Tensor  # [N, C], completion_mask
+    truncated: Tensor  # [N], True where no EOS came within the limit
+    texts: list[str]  # N
+    parts: dict[str, Tensor]  # each reward by name, [B, G]
+    rewards: Tensor  # their weighted sum, [B, G]
+    advantages: Tensor  # [N]
+
+    def rows(self, step: int) -> list[dict]:
+        """Return a line of rollouts.jsonl for each completion."""
+        names = ("reward", "advantage", "tokens")
+        numbers = zip(self.rewards.flatten().tolist(), self.advantages.tolist(), self.mask.sum(1).tolist())
+        return [
+            {"step": step, "id": self.prompts[i // self.rewards.shape[1]].example.id, "completion": self.texts[i]}
+            | dict(zip(names, row)) | {"rewards": {name: part.flatten()[i].item() for name, part in self.parts.items()}}
+            for i, row in enumerate(numbers)
+        ]  # fmt: skip
+
+
+class MicroBatch(NamedTuple):
+    """Some prompts of a step with their n completions: what one pass of training encodes. DPO needs the first four."""
+
+    prompts: list[Prompt]
+    inputs: dict[str, Tensor]
+    ids: Tensor  # [n, C], C the longest of these completions
+    mask: Tensor  # [n, C], the tokens that are trained
+    weights: Tensor | None = None  # [n, C]
+    advantages: Tensor | None = None  # [n]
+    logp_old: Tensor | None = None  # [n, C], filled in the first inner epoch
+    logp_ref: Tensor | None = None  # [n, C]; None without a KL term
+
+
+def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
+    """Sample, score and compare (2 to 4). A group lives on one process, so comparing needs no communication."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.timer("sample"), torch.no_grad(), run.autocast(), run.gathered():
-        noise, inputs = run.noise(prompts, step), run.collate(prompts)
-        ids = sample(run.model, inputs, G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
+        keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]  # 0: the round, as in draw_examples
+        noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
+        inputs, limit = run.collate(prompts), cfg.max_completion_tokens
+        ids, _ = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution)
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
     parts = {
@@ -414,156 +508,218 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> "Rollout":
         for name, (reward, _) in run.rewards.items()
     }
     rewards = sum(weight * parts[name] for name, (_, weight) in run.rewards.items())
-    advantages = group_advantages(rewards, scale=cfg.loss != "dr_grpo").flatten().to(run.device)
+    scale = cfg.loss != "dr_grpo" if cfg.scale_advantages == "auto" else cfg.scale_advantages == "true"
+    # Truncated completions stay in the group's mean: without them an answer that ends would look worse than it is.
+    advantages = group_advantages(rewards, scale).flatten().to(run.device)
     return Rollout(prompts, ids, mask, truncated, texts, parts, rewards, advantages)
 
 
-def update(run: "Run", ro: "Rollout", metrics: "Averages") -> None:
-    """Items 5 to 7: `inner_epochs` optimizer steps on one rollout, each over micro-batches of whole groups."""
-    cfg, G, processes = run.cfg, run.cfg.group_size, run.accelerator.num_processes
+def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
+    """Divide a rollout into parts that go through the model one after the other; return the loss's divisor too.
+
+    A part is as many groups as --micro_batch holds, at least one. The reference scores each part once.
+    """
+    cfg, G, parts = run.cfg, run.cfg.group_size, []
     counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
-    weights, share = token_weights(counted, cfg.loss, cfg.max_completion_tokens)
-    divisor = run.accelerator.reduce(share.float(), "sum").clamp(min=1)
-    batches = []
-    for start in range(0, len(ro.prompts), cfg.prompts_per_forward):
-        rows = slice(start * G, (start + cfg.prompts_per_forward) * G)
-        C = max(2, int(ro.mask[rows].sum(1).max()))  # as long as the longest completion in it
-        at = (rows, slice(C))  # this micro-batch within the rollout's [N, C] tensors
-        batches.append((run.collate(ro.prompts[start : start + cfg.prompts_per_forward]), at))
-    logps_ref: list[Tensor | None] = [None] * len(batches)
-    if run.reference is not None:
-        with run.timer("reference"), torch.no_grad(), run.autocast():
-            logps_ref = [run.reference(inputs, ro.ids[at], G, **run.distribution)[0] for inputs, at in batches]
-    terms, logps_old = (cfg.eps_low, cfg.eps_high, cfg.beta), []
+    weights, divisor = NORMALIZATIONS[cfg.loss](counted, cfg.max_completion_tokens)
+    at_once = max(1, cfg.micro_batch // G)
+    for start in range(0, len(ro.prompts), at_once):
+        prompts, rows = ro.prompts[start : start + at_once], slice(start * G, (start + at_once) * G)
+        C = max(2, int(ro.mask[rows].sum(1).max()))
+        ids, mask, w = ro.ids[rows, :C], counted[rows, :C], weights[rows, :C]
+        batch = MicroBatch(prompts, run.collate(prompts), ids, mask, w, ro.advantages[rows], torch.zeros_like(w))
+        parts.append(batch._replace(logp_ref=run.reference_logps(batch)))
+    return parts, divisor
+
+
+def update(run: "Run", ro: Rollout) -> "Averages":
+    """Take `inner_epochs` optimizer steps on one rollout (5 to 7) and return the metrics of the step.
+
+    The loss is a sum over tokens, divided by a number that is known beforehand: so it can go backward in parts.
+    """
+    cfg, metrics, (batches, share) = run.cfg, rollout_metrics(run, ro), micro_batches(run, ro)
+    divisor = run.accelerator.reduce(share.float(), "sum").clamp(min=1)  # 0 where every completion is masked
     for epoch in range(cfg.inner_epochs):
-        for i, (inputs, at) in enumerate(batches):
-            with run.timer("train"), run.accumulate(last=i + 1 == len(batches)):
-                with run.autocast():
-                    logp, entropy = run.policy(inputs, ro.ids[at], G, **run.distribution)
+        for batch in batches:
+
+            def loss_of(rows: Tensor, logp: Tensor, entropy: Tensor) -> Tensor:
                 if epoch == 0:
-                    # The policy has not moved since it sampled, so its own value is pi_old's: rho = 1. The "grpo" loss
-                    # is then about 0, as advantages add up to 0; its gradient, mean of -A grad log pi_theta, is not.
-                    logps_old.append(logp.detach())
-                A, w = ro.advantages[at[0]], weights[at]
-                loss, kl, clipped = grpo_loss(logp, logps_old[i], logps_ref[i], A, w, *terms)
-                loss = loss * processes / divisor  # DDP averages over processes; the divisor counts all of them
-                loss.backward()
-            metrics.add("loss", loss.detach(), 1 / len(batches))
-            metrics.add_tokens(counted[at], kl=kl, clip_fraction=clipped, entropy=entropy)
-        run.optimizer_step(metrics)
+                    # The policy has not moved since it sampled, so its own value is pi_old's: no second forward, and
+                    # rho = 1. The "grpo" loss is then about 0, because the advantages of a group add up to 0; its
+                    # gradient, the mean of -A grad log pi_theta, is not.
+                    batch.logp_old[rows] = logp.detach()
+                mask, logp_ref = batch.mask[rows], None if batch.logp_ref is None else batch.logp_ref[rows]
+                old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
+                loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
+                metrics.add("loss", loss.detach(), 0)
+                for name, values in {"kl": kl, "clip_fraction": clipped, "entropy": entropy}.items():
+                    metrics.add(name, values[mask].sum(), mask.sum())
+                return loss / divisor
+
+            run.backward(batch, loss_of)
+        metrics.add("loss", 0, share)
+        optimizer_step(run, metrics)
+    return metrics
+
+
+def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
+    """Return the metrics of what was sampled; `update` adds those of the loss."""
+    lengths, (B, G) = ro.mask.sum(1), ro.rewards.shape
+    per_completion = {"reward": ro.rewards, "completion_tokens": lengths, "truncated": ro.truncated}
+    per_completion |= {f"reward/{name}": values for name, values in ro.parts.items()}
+    same = (ro.rewards == ro.rewards[:, :1]).all(1)  # such groups teach nothing
+    metrics = Averages()
+    for name, values in (per_completion | {"reward_std": ro.rewards.std(1), "zero_variance_groups": same}).items():
+        metrics.put(name, values.sum(), values.numel())
+    for name, share in data.answer_shares(ro.texts, run.prompts.task.parse).items():
+        metrics.put(name, share * B * G, B * G)
+    metrics.put("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds["sample"])
+    return metrics
+
+
+def optimizer_step(run: "Run", metrics: "Averages") -> None:
+    """Add up the gradients of all processes, clip and step (7). A gradient that is not finite changes nothing."""
+    with run.timer("train"):
+        trained = [p for p in run.model.parameters() if p.requires_grad]
+        if run.accelerator.num_processes > 1 and not run.cfg.shard:  # shards are exchanged as they go backward
+            exchange_gradients(trained)
+        norm = float(whole_tensor(nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)))
+        finite = math.isfinite(norm)  # of summed gradients: every process sees the same norm and decides alike
+        if finite:
+            run.whole = False  # until `write`: an error in between must leave no checkpoint of half a step
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+    metrics.add("grad_norm", norm if finite else 0.0, finite)
+    metrics.add("skipped_updates", not finite)
+
+
+def exchange_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum every gradient over the processes: all that data parallelism is, once per optimizer step.
+
+    A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The sums are
+    asynchronous and tensor by tensor: flattened into one they would hold every gradient twice.
+    """
+    has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    dist.all_reduce(has, op=dist.ReduceOp.MAX)
+    reached = [p for p, anywhere in zip(parameters, has.tolist()) if anywhere]
+    for p in reached:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for sum_ in [dist.all_reduce(p.grad, async_op=True) for p in reached]:
+        sum_.wait()
+
+
+def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
+    """The loop: sample, update, write; now and then draw, evaluate and save."""
+    cfg, out, report = run.cfg, Path(run.cfg.out), extra("report")
+    with guarded(run) as stopping:
+        for step, prompts in run.steps():
+            ro = rollout(run, prompts, step)
+            metrics = update(run, ro)
+            write(run, step, metrics, ro.rows(step), shown=("reward", "kl", "completion_tokens"))
+            if report and run.main and due(step, PICTURE_EVERY):
+                picture = out / "pictures" / f"step_{step:06d}.png"
+                report.draw_answer(run.prompts.task, prompts[0], ro.texts[0], picture)
+            if held_out and due(step, cfg.eval_every):
+                extra("evaluate", "--eval_every").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
+            stop = stopping()
+            if stop or due(step, cfg.save_every):
+                extra("checkpoints", "--save_every").save(run, write_model)
+            if stop:
+                break
+        else:
+            save_model(run)
+    if report and run.main:
+        report.plot_curves([out / "metrics.jsonl"], out / "curves.png")
 
 
 # ================================================================================================
-# The machinery: from a command line to a run.
+# A run: what the functions above share, and how it is loaded.
 
 
 class Averages(dict):
-    """Sums and counts by name, so that means stay exact over micro-batches and processes of unequal size."""
+    """Metrics as sums and counts by name: means stay exact over micro-batches and processes of unequal size."""
 
     def add(self, name: str, total, count=1) -> None:
         self[name] = self.get(name, 0.0) + torch.tensor([float(total), float(count)], dtype=torch.float64)
 
-    def add_tokens(self, counted: Tensor, **values: Tensor) -> None:
-        """Values per token, of which the counted ones count."""
-        for name, value in values.items():
-            self.add(name, value[counted].sum(), counted.sum())
+    def put(self, name: str, total, count=1) -> None:
+        """Add a metric that comes once a step; ValueError where its name is taken."""
+        if name in self:
+            raise ValueError(f"two metrics are called {name}: rename one")
+        self.add(name, total, count)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes, which must hold the same names."""
+        """Return the means over all processes, which must hold the same names."""
         table = accelerator.reduce(torch.stack(list(self.values())).to(accelerator.device), "sum").tolist()
         return {name: total / count if count > 0 else 0.0 for name, (total, count) in zip(self, table)}
 
 
-class Rollout(NamedTuple):
-    """What one step of one process sampled and how it was judged."""
-
-    prompts: list[Prompt]
-    ids: Tensor  # [B * G, C]
-    mask: Tensor  # [B * G, C], completion_mask
-    truncated: Tensor  # [B * G], no EOS within the limit
-    texts: list[str]  # B * G
-    parts: dict[str, Tensor]  # every reward by name, [B, G]
-    rewards: Tensor  # their weighted sum, [B, G]
-    advantages: Tensor  # [B * G]
-
-
 @dataclass
 class Run:
-    """What the functions of a run share."""
+    """What the functions of a run share; complete once it is built."""
 
-    cfg: Config
+    cfg: Any
     accelerator: Accelerator
-    processor: Any
-    prompts: Prompts  # the training examples; with --eval_only those to evaluate, with --ask the questions
-    model: nn.Module  # the policy itself: samples, and is saved
-    policy: nn.Module | None  # CompletionLogps of it, in DDP where processes hold copies: trains
-    reference: Callable | None  # CompletionLogps of the initial model, frozen; None with beta 0
-    adapters: Any  # peft's handle on the model's adapters; None without --lora_rank
-    optimizer: torch.optim.Optimizer | None
-    rewards: dict[str, tuple[Any, float]]  # of GRPO: by name, reward(completion, solution) and weight
-    eos: Tensor
-    distribution: dict[str, Any]  # temperature and forbidden ids, for sampler and scorer alike
-    save_dtype: torch.dtype  # of the weights as they came
-    checkpoint: Checkpoint | None  # what --resume goes on from
-    seconds: dict[str, float]
+    prompts: Prompts  # the examples, and how they become what the model reads
+    model: nn.Module  # the policy
+    reference: nn.Module | None  # pi_ref; None without a KL term, and where pi_ref is the policy without its adapters
+    adapters: Any  # peft's handle on LoRA adapters, or None
+    optimizer: torch.optim.Optimizer | None  # None in evaluation
+    rewards: dict[str, tuple[Callable, float]]  # by name: reward(completion, solution) and weight
+    eos: Tensor  # ids that end a completion
+    distribution: dict[str, Any]  # temperature and forbidden ids, the same for sampler and scorer
+    done: int  # steps that have been taken
+    whole: bool = True  # whether weights and moments are those after `done` steps
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the current step
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
     def say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            print(text, flush=True)
-
-    def autocast(self):
-        """bf16 on GPUs over float32 weights; one context around a whole rollout, so that weights are cast once."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
-
-    @contextlib.contextmanager
-    def gathered(self):
-        """Sharded weights are gathered once for everything inside, not at every token, and without waiting for others."""
-        shards = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        for module in shards:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        yield
-        for module in shards:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
-
-    def accumulate(self, last: bool):
-        """DDP exchanges gradients only with the last micro-batch; shards take their part of each, which costs no memory."""
-        return contextlib.nullcontext() if last or self.cfg.shard else self.accelerator.no_sync(self.policy)
+        self.accelerator.print(text, flush=True)
 
     def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
-        batch = data.collate(prompts, self.processor.tokenizer.pad_token_id or 0)
+        batch = data.collate(prompts, self.prompts.processor.tokenizer.pad_token_id or 0)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
-    def noise(self, prompts: list[Prompt], step: int) -> Tensor:
-        """sampling_noise of these prompts in this step: whatever the batch and the number of processes."""
-        keys = [f"{self.cfg.seed}/{step}/{p.slot}/{p.example.id}" for p in prompts]
-        return sampling_noise(keys, self.cfg.group_size, self.cfg.max_completion_tokens).to(self.device)
-
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """The texts of completions, without the EOS and whatever follows it."""
+        """Return the texts of completions, without the EOS and the padding after it."""
         rows = [row[keep].tolist() for row, keep in zip(ids, mask & ~torch.isin(ids, self.eos))]
-        return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self.prompts.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-    def optimizer_step(self, metrics: Averages) -> None:
-        """Clip and step. A gradient that is not finite updates nothing, on any process, and is counted."""
-        with self.timer("train"):
-            trained = [p for p in self.policy.parameters() if p.requires_grad]
-            norm = float(models.whole_tensor(nn.utils.clip_grad_norm_(trained, self.cfg.max_grad_norm)))
-            finite = math.isfinite(norm)  # of gradients that were exchanged: every process sees the same norm
-            if finite:
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        metrics.add("grad_norm", norm if finite else 0.0, finite)
-        metrics.add("skipped_updates", not finite)
+    def autocast(self):
+        """Compute in bf16 on GPUs, over float32 weights; one context around a phase casts every weight once."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def gathered(self):
+        """Gather shards once for everything inside, not at every token."""
+        return extra("shards", "--shard").gathered(self.model) if self.cfg.shard else contextlib.nullcontext()
+
+    def chunks(self, batch: MicroBatch, unit: int = 1) -> Sequence[Tensor]:
+        """Return the rows of a micro-batch in chunks of --micro_batch completions, in whole units (DPO's is a pair)."""
+        rows, size = torch.arange(len(batch.ids), device=self.device), max(unit, self.cfg.micro_batch // unit * unit)
+        return rows.split(size) if self.cfg.micro_batch and shares_prompt(self.model) else [rows]
+
+    def backward(self, batch: MicroBatch, loss_of: Callable[..., Tensor], unit: int = 1) -> None:
+        with self.timer("train"), self.autocast():
+            backward(self.model, batch.inputs, batch.ids, self.chunks(batch, unit), loss_of, **self.distribution)
+
+    def reference_logps(self, batch: MicroBatch) -> Tensor | None:
+        """Return log pi_ref [n, C] of a micro-batch; None without a KL term."""
+        if not self.cfg.beta:
+            return None
+        off = self.adapters.disable_adapter() if self.adapters else contextlib.nullcontext()
+        with self.timer("reference"), self.autocast(), off:
+            return score(self.reference or self.model, batch.inputs, batch.ids, self.chunks(batch), **self.distribution)
 
     @contextlib.contextmanager
     def timer(self, phase: str):
-        """Add the seconds of a phase to self.seconds; GPUs work behind the clock, hence the synchronization."""
+        """Add the seconds of a phase to self.seconds. CUDA is asynchronous: synchronize before reading the clock."""
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
         start = time.perf_counter()
@@ -571,696 +727,354 @@ class Run:
         wait()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-
-def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
-    """Uniform numbers [B * G, max_tokens] in [0, 1), one generator per prompt: the same in any batch, on any process."""
-    seeds = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") for key in keys]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.cat([torch.rand(group_size, max_tokens, dtype=torch.float64, generator=g) for g in generators])
-
-
-# ------------------------------------------------------------------------------------------------
-# From a command line to what a run needs.
-
-RESUME_MAY_CHANGE = (  # where things lie, what is shown and how memory is used; the data is compared by its content
-    "out", "data", "eval_data", "overwrite", "resume", "save_every", "keep_last", "workers", "prompts_per_forward",
-    "micro_batch", "shard", "eval_every", "eval_limit", "eval_batch", "picture_every", "report_to",
-)  # fmt: skip
-
-Rule = tuple[str, Any, str]  # flag, whether its value is good, what would be right
-
-
-def obey(cfg: Any, rules: Iterable[Rule]) -> None:
-    """SystemExit at the first rule that the command line breaks."""
-    for flag, good, right in rules:
-        if not good:
-            raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
+    def steps(self) -> Iterator[tuple[int, list[Prompt]]]:
+        """Yield each step that is left with this process's prompts; set its learning rate and show progress."""
+        cfg, seen, todo = self.cfg, set(), range(self.done + 1, self.cfg.steps + 1)
+        slots = range(self.accelerator.process_index, cfg.prompts_per_step, self.accelerator.num_processes)
+        drawn = [data.draw_examples(cfg.seed, len(self.prompts.examples), cfg.prompts_per_step, step, 0, slots) for step in todo]
+        loader = DataLoader(self.prompts, batch_sampler=drawn, collate_fn=list, num_workers=cfg.workers)
+        self.bar = tqdm(loader, initial=self.done, total=cfg.steps, disable=not self.main, dynamic_ncols=True)
+        for step, prompts in zip(todo, self.bar):
+            for flaw in {flaw for prompt in data.whole(prompts) for flaw in prompt.skipped} - seen:
+                tqdm.write(f"skipped: {flaw}")
+                seen.add(flaw)
+            self.seconds.clear()
+            for group in self.optimizer.param_groups:  # linear warm-up, linear decay to 0 after the last step
+                group["lr"] = cfg.lr * min(1.0, step / (cfg.warmup_steps + 1)) * (1.0 - (step - 1) / cfg.steps)
+            yield step, prompts
+        self.bar.close()
 
 
-def launched() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that is divided among the processes; return any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def at_least_1(cfg: Any, *flags: str) -> list[Rule]:
-    return [(flag, getattr(cfg, flag) >= 1, "at least 1") for flag in flags]
-
-
-def out_rules(cfg: Any, *used: str, may_exist: bool) -> list[Rule]:
-    """A run folder is its own, and an earlier run in it is not lost by accident; used: flags of what it must not hold."""
-    out, paths = Path(cfg.out).resolve(), [Path(path).resolve() for flag in used if (path := getattr(cfg, flag))]
-    right = "new: an earlier run is there; --resume true goes on with it, --overwrite true replaces it"
-    return [
-        (
-            "out",
-            evaluate.is_run_or_new(out),
-            "another folder: config.json in it is not a run's, and will not be touched",
-        ),
-        ("out", may_exist or not (out / "config.json").exists(), right),
-        ("out", not any(out == path or out in path.parents for path in paths), f"outside --{', --'.join(used)}"),
-    ]
-
-
-def training_rules(cfg: Any, processes: int) -> list[Rule]:
-    """What any method of training asks of its flags, on so many processes."""
-    return [
-        *at_least_1(cfg, "prompts_per_step", "prompts_per_forward", "keep_last"),
-        ("prompts_per_step", cfg.prompts_per_step % processes == 0, f"a multiple of the {processes} processes"),
-        ("lr", cfg.lr > 0, "above 0"),
-        ("warmup_steps", cfg.warmup_steps >= 0, "0 or a number of steps"),
-        ("beta2", 0 <= cfg.beta2 < 1, "at least 0 and below 1"),
-        ("weight_decay", cfg.weight_decay >= 0, "0 or more"),
-        ("max_grad_norm", cfg.max_grad_norm > 0, "above 0"),
-        ("workers", cfg.workers >= 0, "0 (none of its own) or a number of processes"),
-        ("min_pixels", 1 <= cfg.min_pixels <= cfg.max_pixels, "at least 1 and at most --max_pixels"),
-        ("lora_rank", cfg.lora_rank >= 0, "0 (all weights) or a rank"),
-        ("lora_rank", not (cfg.lora_rank and cfg.shard), "0 with --shard: adapters are small enough to be copied"),
-        ("micro_batch", cfg.micro_batch >= 0, "0 (all at once) or a number of completions"),
-        ("save_every", cfg.save_every >= 0, "0 (only when interrupted) or a number of steps"),
-        ("resume", not (cfg.resume and cfg.overwrite), "without --overwrite"),
-    ]
-
-
-def parse_config(argv: list[str] | None = None) -> Config:
-    """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
-    cfg = Parser(
-        Config, usage="accelerate launch virft.py --task TASK --data DIR --model NAME [flags]",
-        description="ViRFT: GRPO for vision-language models with verifiable rewards",
-    ).settings(argv)  # fmt: skip
-    evaluates = cfg.eval_only or cfg.ask
-    obey(cfg, [
-        ("task", cfg.task in data.TASKS, f"one of {', '.join(data.TASKS)}"),
-        ("group_size", cfg.group_size >= 2, "at least 2: advantages compare completions of the same prompt"),
-        ("loss", cfg.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
-        ("eval_categories", cfg.eval_categories in evaluate.ASKED, f"one of {', '.join(evaluate.ASKED)}"),
-        ("coordinates", cfg.coordinates in ("auto", *data.CONVENTIONS), f"auto, {' or '.join(data.CONVENTIONS)}"),
-        ("temperature", cfg.temperature > 0, "above 0; evaluation is greedy anyway"),
-        *at_least_1(cfg, "steps", "inner_epochs", "max_completion_tokens", "eval_batch"),
-        ("beta", cfg.beta >= 0, "0 or more"),
-        ("eps_low", 0 <= cfg.eps_low < 1, "at least 0 and below 1"),
-        ("eps_high", cfg.eps_high >= 0, "0 or more"),
-        ("iou_threshold", 0 <= cfg.iou_threshold < 1, "at least 0 and below 1"),
-        ("shots", cfg.shots is None or cfg.shots >= 1, "at least 1"),
-        ("eval_every", cfg.eval_every >= 0, "0 (never) or a number of steps"),
-        ("picture_every", cfg.picture_every >= 0, "0 (never) or a number of steps"),
-        ("resume", not (cfg.resume and evaluates), "without --eval_only and --ask"),
-        ("check", not (cfg.check and evaluates), "without --eval_only and --ask"),
-        *training_rules(cfg, 1 if evaluates else launched()),  # an evaluation shares out whatever there is
-    ])  # fmt: skip
-    if not cfg.ask:
-        may_exist = cfg.check or cfg.overwrite or cfg.resume or evaluate.unfinished(Path(cfg.out), asdict(cfg))
-        obey(cfg, out_rules(cfg, "model", "data", "eval_data", may_exist=may_exist))
-    elif data.TASKS[cfg.task].asks_for:
-        obey(cfg, [("ask", cfg.categories, "together with --categories, what to look for")])
-    return cfg
-
-
-def rewards_of(cfg: Config) -> dict[str, tuple[Any, float]]:
-    """What --rewards asks for, or the task's own: {name: (reward(completion, solution), weight)}."""
+def extra(name: str, asked_by: str | None = None) -> Any:
+    """Import extras/NAME.py. Without the folder: SystemExit that names what asked for it, None if nothing did."""
     try:
-        weights = reward_weights(cfg.rewards) or data.TASKS[cfg.task].rewards
-        chosen = choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
-        if taken := chosen.keys() & {"step", "id", "completion", "reward", "advantage", "tokens", "std"}:
-            raise ValueError(
-                f"a column of rollouts.jsonl or metrics.jsonl has the name {', '.join(taken)}: rename yours"
-            )
-        return chosen
-    except ValueError as error:
-        raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: {error}") from None
+        return importlib.import_module(f"extras.{name}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("extras"):
+            raise
+        if asked_by:
+            raise SystemExit(f"{asked_by} needs extras/{name}.py: copy the folder extras beside virft.py") from None
+
+
+def loading(what: str, name: str):
+    """Explain what cannot be loaded, where extras/ is there to do it."""
+    hub = extra("hub")
+    return hub.loading(what, name) if hub else contextlib.nullcontext()
+
+
+def pretrained(auto: Any, model: str, **settings) -> Any:
+    """Call from_pretrained of one of transformers' Auto classes; model: a folder, or NAME[@REVISION] on the hub."""
+    name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
+    with loading("model", model):
+        return auto.from_pretrained(name, revision=revision or None, **settings)
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Load a model in eval mode, which it never leaves: dropout would make sampler and scorer two policies."""
+    model = pretrained(transformers.AutoModelForImageTextToText, name, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device).eval()
+
+
+def load_processor(cfg: Any, coordinates: str) -> tuple[Any, data.Fit, str, int]:
+    """Load a model's processor; return it, how it sizes images, the coordinates, and how many tokens it has positions for."""
+    config = pretrained(transformers.AutoConfig, cfg.model)
+    processor = pretrained(transformers.AutoProcessor, cfg.model)
+    if getattr(processor, "chat_template", None) is None:
+        raise SystemExit(f"model {cfg.model} has no chat template; an instruction-tuned vision-language model is expected")
+    fit = data.image_fit(processor.image_processor, cfg.max_pixels)
+    data.check_fit(processor.image_processor, fit)
+    if coordinates == "auto":
+        coordinates = data.COORDINATES_OF_FAMILY.get(config.model_type)
+        if coordinates is None:
+            print(f"model type {config.model_type} is not known here: coordinates are 0..1000; see --coordinates", file=sys.stderr)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return processor, fit, coordinates or "relative", positions
+
+
+def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that end a completion (all EOS ids of the model) and those that none may contain (placeholders)."""
+    text, tokenizer = model.config.get_text_config(), processor.tokenizer
+    configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
+    eos = {token for ids in configured if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
+    kinds = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    forbidden = {token for kind in kinds if isinstance(token := getattr(model.config, kind, None), int)}
+    predicted = range(model.get_output_embeddings().weight.shape[0])  # some placeholders have an embedding but no logit
+    return sorted(eos), sorted(forbidden.intersection(predicted) - eos)
 
 
 def load_examples(cfg: Config, split: str) -> list[Example]:
-    """The task's examples of a split; what was left out and why is printed."""
-    training, task = split == "train", data.TASKS[cfg.task]
-    source = (not training and cfg.eval_data) or cfg.data or task.hub_data
-    chosen = {
-        "categories": cfg.categories,
-        "negatives": cfg.negatives,
-        "seed": cfg.seed,
-        "skip_bad_images": cfg.skip_bad_images,
-    }
-    if training:
-        chosen |= {"shots": cfg.shots, "max_boxes": cfg.max_boxes}
-    else:
-        chosen |= {"limit": cfg.eval_limit, "eval_categories": cfg.eval_categories}
-    with models.loading("dataset", source):
+    """Load the examples of a split and print what was left out and why."""
+    task, evaluates = data.TASKS[cfg.task], split == "val"
+    source = (evaluates and cfg.eval_data) or cfg.data or task.hub_data
+    chosen = {name: getattr(cfg, name) for name in ("categories", "negatives", "seed", "skip_bad_images")}
+    train_only, val_only = {"shots": cfg.shots, "max_boxes": cfg.max_boxes}, {"eval_categories": cfg.eval_categories}
+    chosen |= val_only | {"limit": cfg.eval_limit} if evaluates else train_only
+    with loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(notes), flush=True)
     return examples
 
 
-def freeze_unreachable(run: Run) -> list[str]:
-    """Freeze parameters that no completion's log-probability depends on, and return their names.
-
-    DDP waits for a gradient of every trainable parameter and would stop at the second step.
-    """
-    first = run.collate(data.whole([run.prompts[0, 0]]))
-    with run.autocast():
-        logp, _ = run.policy(first, run.eos[:1].repeat(1, 2), 1, **run.distribution)
-    unreached = models.unreachable(run.model, logp)
-    for parameter in unreached.values():
-        parameter.requires_grad_(False)
-    return list(unreached)
-
-
-def start(cfg: Config) -> Run:
-    """Load everything that training, evaluation or a question needs."""
-    accelerator = make_accelerator(cfg.out, cfg.report_to, cfg.shard)
-    task, training = data.TASKS[cfg.task], not (cfg.eval_only or cfg.ask)
-    rewards = rewards_of(cfg)  # before anything large is loaded
-    saved = find_checkpoint(cfg) if cfg.resume else None
-    processor, fit, coordinates = models.load_processor(
-        cfg.model, cfg.revision, cfg.max_pixels, cfg.min_pixels, cfg.coordinates
-    )
-    if cfg.ask:
-        examples = data.questions(task, Path(cfg.ask), cfg.categories)
-    else:
-        examples = load_examples(cfg, "train" if training else "val")
-    room = models.max_positions(cfg.model, cfg.revision) - cfg.max_completion_tokens
-    prompts = Prompts(
-        task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, room, cfg.skip_bad_images
-    )
-    if training:
-        run = load_trained(cfg, accelerator, prompts, saved)
-        run.distribution["temperature"] = cfg.temperature
-        make_trainable(run, reference=cfg.beta > 0)
-    else:
-        run = load_frozen(cfg, accelerator, prompts)
-    run.rewards = rewards
-    return run
-
-
-def find_checkpoint(cfg: Any, may_change: Sequence[str] = RESUME_MAY_CHANGE) -> Checkpoint:
-    """What --resume goes on from."""
-    return models.find_checkpoint(Path(cfg.out), asdict(cfg), asdict(type(cfg)()), may_change)
-
-
-def load_frozen(cfg: Any, accelerator: Accelerator, prompts: Prompts) -> Run:
-    """A run that only samples."""
-    device = accelerator.device
-    return make_run(
-        cfg, accelerator, prompts, models.load_model(cfg.model, cfg.revision, models.frozen_dtype(device), device)
-    )
-
-
-def load_trained(cfg: Any, accelerator: Accelerator, prompts: Prompts, saved: Checkpoint | None) -> Run:
-    """A run whose model `make_trainable` can train: float32 where it is trained, with the adapters of --lora_rank."""
-    if saved and saved.data != (found := data_fingerprint(prompts.examples)):
-        raise SystemExit(f"--resume true: the data has changed: {saved.data} before, {found} now")
-    device, adapters = accelerator.device, None
-    if saved and not cfg.lora_rank:
-        model = models.load_model(saved.model, None, torch.float32, device)
-    else:
-        dtype = models.frozen_dtype(device) if cfg.lora_rank else torch.float32
-        model = models.load_model(cfg.model, cfg.revision, dtype, device)
-    if cfg.lora_rank:
-        torch.manual_seed(cfg.seed)  # adapters are the one thing that starts at random
-        adapters = models.add_adapters(model, cfg.lora_rank, saved and Path(saved.model))
-    return make_run(cfg, accelerator, prompts, model, adapters, saved)
-
-
-def make_run(
-    cfg: Any, accelerator: Accelerator, prompts: Prompts, model: nn.Module, adapters: Any = None, saved: Checkpoint | None = None
-) -> Run:  # fmt: skip
-    """Put together what was loaded."""
-    special = models.special_tokens(model, prompts.processor)
-    eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=accelerator.device) for ids in special)
-    return Run(
-        cfg, accelerator, prompts.processor, prompts, model, policy=None, reference=None, adapters=adapters, optimizer=None,
-        rewards={}, eos=eos, distribution={"temperature": 1.0, "forbidden": forbidden},
-        save_dtype=AutoConfig.from_pretrained(cfg.model, revision=cfg.revision).dtype or torch.float32,
-        checkpoint=saved, seconds={},
-    )  # fmt: skip
-
-
-def data_fingerprint(examples: list[Example]) -> str:
-    return models.fingerprint((e.id, e.category, e.solution, e.question) for e in examples)
-
-
-def make_accelerator(out: str, report_to: Sequence[str] = (), shard: bool = False) -> Accelerator:
-    """What accelerate knows of the launch; SystemExit where processes would not find each other."""
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second copy of all gradients
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision="no", log_with=report_to or None, project_dir=out,
-        kwargs_handlers=[ddp],
-    )  # fmt: skip
+def connect(cfg: Any) -> Accelerator:
+    """Join the processes that were launched; SystemExit where they would not find each other."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one process writes 100 GB
+    cpu, trackers = not torch.cuda.is_available(), getattr(cfg, "report_to", None) or None
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", log_with=trackers, project_dir=cfg.out, kwargs_handlers=[patience])
     if accelerator.num_processes != launched():
-        raise SystemExit(
-            f"{launched()} processes were launched, accelerate sees {accelerator.num_processes}: each would train alone"
-        )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise SystemExit(f"{accelerator.distributed_type.value} is not supported: launch without it; see --shard")
-    if shard and accelerator.num_processes == 1:
-        raise SystemExit("--shard true: there is one process, and nothing to share out; launch several")
+        seen = accelerator.num_processes
+        raise SystemExit(f"{launched()} processes were launched, accelerate sees {seen}: each would train alone")
+    torch.multiprocessing.set_sharing_strategy("file_system")  # loaders run out of file descriptors at 64 prompts a batch
     return accelerator
 
 
-def make_trainable(run: Run, reference: bool) -> None:
-    """Decide what is trained, spread it over the processes, and make the optimizer and, if wanted, the reference."""
-    cfg, model, frozen_dtype = run.cfg, run.model, models.frozen_dtype(run.device)
-    run.policy = CompletionLogps(model, cfg.micro_batch)
-    if cfg.freeze_vision:
-        models.freeze_vision(model)
-        run.say("frozen by --freeze_vision: everything outside the language model")
-    if frozen := freeze_unreachable(run):
-        run.say(f"frozen, because no completion depends on them: {', '.join(frozen)}")
-    counts = [p.numel() for p in model.parameters() if p.requires_grad], [p.numel() for p in model.parameters()]
-    run.say(f"{sum(counts[0]):,} of {sum(counts[1]):,} parameters are trained")
-    if cfg.shard:
-        models.shard(model)
-    else:
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(frozen_dtype)
-        run.policy = run.accelerator.prepare(run.policy)  # DDP, where there are several processes
-    trained = [p for p in model.parameters() if p.requires_grad]
-    run.optimizer = torch.optim.AdamW(
-        trained, lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.weight_decay, fused=True
-    )
-    if run.checkpoint:
-        run.checkpoint.load_optimizer(model, run.optimizer)
-    if reference and run.adapters:
-        run.reference = adapters_off(run)
-    elif reference:
-        initial = models.load_model(cfg.model, cfg.revision, frozen_dtype, run.device).requires_grad_(False)
+def launched() -> int:
+    """Return how many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def build(cfg: Any, accelerator: Accelerator, prompts: Prompts, rewards: dict, trains: bool, temperature: float = 1.0) -> Run:
+    """Load policy, reference and optimizer. On GPUs what is trained is float32, or it would lose updates of 1e-6."""
+    device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
+    if trains and cfg.resume:
+        saved = extra("checkpoints", "--resume").find(cfg, prompts.examples)
+    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source = saved.model if saved and not cfg.lora_rank else cfg.model
+    model = load_model(source, torch.float32 if trains and not cfg.lora_rank else frozen, device)
+    if trains:
+        if cfg.lora_rank:
+            adapters = extra("adapters", "--lora_rank").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
+        elif cfg.freeze_vision:
+            extra("adapters", "--freeze_vision").freeze_vision(model, None if cfg.shard else frozen)
+        if cfg.beta and not adapters:
+            reference = load_model(cfg.model, frozen, device).requires_grad_(False)
         if cfg.shard:
-            models.shard(initial)
-        run.reference = CompletionLogps(initial, cfg.micro_batch).eval()
+            extra("shards", "--shard").shard(model, reference)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, **ADAM, fused=True)
+        if saved:
+            saved.restore(model, optimizer, accelerator.is_main_process)
+    special = special_tokens(model, prompts.processor)
+    eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=device) for ids in special)
+    distribution, done = {"temperature": temperature, "forbidden": forbidden}, saved.step if saved else 0
+    return Run(cfg, accelerator, prompts, model, reference, adapters, optimizer, rewards, eos, distribution, done)
 
 
-def adapters_off(run: Run) -> Callable:
-    """The initial model's log-probabilities: the policy's, with its adapters switched off."""
-    logps = CompletionLogps(run.model, run.cfg.micro_batch)
-
-    def reference(*inputs, **settings):
-        with run.adapters.disable_adapter():
-            return logps(*inputs, **settings)
-
-    return reference
-
-
-def describe(run: Run) -> str:
-    """The resolved configuration, the batch arithmetic and the first prompt, as a person should check them."""
-    cfg, examples, lines = run.cfg, run.prompts.examples, []
-    (first,) = data.whole([run.prompts[0, 0]])
-    if run.optimizer is not None:
-        lines.append(describe_steps(run, cfg.group_size, "completions"))
-        answers = [
-            len(run.processor.tokenizer(data.model_answer(run.prompts.task, e, first.target, cfg.think))["input_ids"])
-            for e in examples[:2000]
-        ]
-        if too_long := sum(tokens >= cfg.max_completion_tokens for tokens in answers):
-            lines.append(
-                f"{too_long} of {len(answers)} examples have an answer that does not fit in --max_completion_tokens "
-                f"{cfg.max_completion_tokens} (the longest: {max(answers)} tokens): raise it"
-                + (", or leave them out by --max_boxes" if run.prompts.task.boxes else "")
-            )
-    lines.append(
-        f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({first.example.coordinates or run.prompts.coordinates})"
-    )
-    return "\n".join([describe_settings(cfg), *lines, describe_prompt(run, first)])
-
-
-def describe_settings(cfg: Any) -> str:
-    return "\n".join(f"  {name} = {value!r}" for name, value in asdict(cfg).items())
-
-
-def describe_steps(run: Run, group_size: int, what: str) -> str:
-    """How the prompts of a step are shared out; the same command means the same training on any number of processes."""
-    cfg, n, examples = run.cfg, run.accelerator.num_processes, len(run.prompts.examples)
-    each = cfg.prompts_per_step // n
-    assert each * n == cfg.prompts_per_step
-    return (
-        f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, in {math.ceil(each / cfg.prompts_per_forward)} "
-        f"micro-batches of up to {cfg.prompts_per_forward}; x {group_size} {what} = {cfg.prompts_per_step * group_size} a step; "
-        f"{cfg.steps} steps are {cfg.steps * cfg.prompts_per_step / examples:.2f} epochs of {examples} examples"
-    )
-
-
-def describe_prompt(run: Run, first: Prompt) -> str:
-    """A prompt as the model reads it, runs of image tokens counted."""
-    lines, ids = [], first.inputs["input_ids"][0]
-    if not shares_prompt(run.model):
-        lines.append(
-            "linear attention: prompts are shared in sampling, but repeated for each completion in scoring and training, "
-            "all completions at once whatever --micro_batch says"
-        )
-    shown = run.processor.tokenizer.decode(ids)
-    for token in run.distribution["forbidden"].tolist():
-        name, count = run.processor.tokenizer.decode([token]), int((ids == token).sum())
-        shown = shown.replace(name * count, f"{name} x {count} ") if count > 1 else shown
-    return "\n".join([*lines, f"first prompt, {len(ids)} tokens:", shown])
-
-
-# ------------------------------------------------------------------------------------------------
-# Training.
-
-
-def prompt_stream(run: Run, done: int) -> DataLoader:
-    """For each step after the first `done` the list of this process's prompts.
-
-    Every epoch sees each example once, in an order of its own that the seed decides: there is no state to be saved.
-    """
-    cfg, accelerator = run.cfg, run.accelerator
-    order, epoch = [], 0
-    while len(order) < cfg.steps * cfg.prompts_per_step:
-        order += random.Random(f"{cfg.seed}/{epoch}").sample(
-            range(len(run.prompts.examples)), len(run.prompts.examples)
-        )
-        epoch += 1
-    mine = range(accelerator.process_index, cfg.prompts_per_step, accelerator.num_processes)
-    steps = [[(slot, order[step * cfg.prompts_per_step + slot]) for slot in mine] for step in range(done, cfg.steps)]
-    return DataLoader(run.prompts, batch_sampler=steps, collate_fn=list, num_workers=cfg.workers)
-
-
-def grpo_step(run: Run, prompts: list[Prompt], step: int, metrics: Averages) -> list[dict]:
-    """One step of the method, and now and then a picture of its first answer; returns the rows of rollouts.jsonl."""
-    ro = rollout(run, prompts, step)
-    update(run, ro, metrics)
-    rollout_metrics(run, ro, metrics)
-    if run.accelerator.is_main_process and run.cfg.picture_every and step % run.cfg.picture_every == 0:
-        picture = Path(run.cfg.out) / "pictures" / f"step_{step:06d}.png"
-        evaluate.draw_answer(run.prompts.task, ro.prompts[0], ro.texts[0], picture)
-    return rollout_records(ro, step)
-
-
-def rollout_metrics(run: Run, ro: Rollout, metrics: Averages) -> None:
-    """Everything about the samples; `update` adds what it alone knows."""
-    lengths, n = ro.mask.sum(1), len(ro.texts)
-    metrics.add("reward", ro.rewards.sum(), n)
-    for name, values in ro.parts.items():
-        metrics.add(f"reward_{name}", values.sum(), n)
-    metrics.add("reward_std", ro.rewards.std(1).sum(), len(ro.rewards))
-    metrics.add("zero_variance_groups", (ro.rewards == ro.rewards[:, :1]).all(1).sum(), len(ro.rewards))
-    metrics.add("completion_tokens", lengths.sum(), n)
-    metrics.add("truncated", ro.truncated.sum(), n)
-    for name, share in evaluate.answer_shares(ro.texts, data.TASKS[run.cfg.task].parse).items():
-        metrics.add(name, share * n, n)
-    metrics.add("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds["sample"])
-
-
-def rollout_records(ro: Rollout, step: int) -> list[dict]:
-    """One line of rollouts.jsonl per completion."""
-    G = ro.rewards.shape[1]
-    columns = {"reward": ro.rewards, **ro.parts, "advantage": ro.advantages, "tokens": ro.mask.sum(1)}
-    numbers = {name: [round(value, 4) for value in values.flatten().tolist()] for name, values in columns.items()}
-    return [
-        {"step": step, "id": ro.prompts[i // G].example.id, "completion": text}
-        | {name: values[i] for name, values in numbers.items()}
-        for i, text in enumerate(ro.texts)
-    ]
-
-
-def train(
-    run: Run, take_step: Callable[..., list[dict]], shown: Sequence[str], held_out: Sequence[Example] = ()
-) -> None:
-    """`train_steps`, then save the model and draw the curves; after Ctrl-C there is a checkpoint to go on from."""
-    cfg, out, stop = run.cfg, Path(run.cfg.out), StopAtSignal()
+def start(cfg: Config) -> Run:
+    """Load everything that training, evaluation or a question needs. Nothing is written yet."""
+    accelerator, task, trains = connect(cfg), data.TASKS[cfg.task], not (cfg.eval_only or cfg.ask)
     try:
-        step = train_steps(run, take_step, shown, held_out, stop)
-    except Exception:
-        # Shards cannot be gathered here: the other processes may not have failed.
-        if run.accelerator.is_main_process and (out / "metrics.jsonl").exists() and not cfg.shard:
-            save_result(run)
-            print(f"an error ended training; the model as it was is in {out / 'model'}", file=sys.stderr)
-        raise
-    if step < cfg.steps:
-        run.say(f"{step} of {cfg.steps} steps done; --resume true goes on from {models.checkpoint_folder(out, step)}")
+        weights = reward_weights(cfg.rewards) or task.rewards
+        rewards = choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
+    except ValueError as error:
+        raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: {error}") from None
+    processor, fit, coordinates, positions = load_processor(cfg, cfg.coordinates)
+    room = positions - cfg.max_completion_tokens
+    if cfg.ask:
+        examples = extra("check", "--ask").questions(task, Path(cfg.ask), cfg.categories)
     else:
-        save_result(run)  # before anything that may fail
-        run.say(f"{step} of {cfg.steps} steps done: model in {out / 'model'}, curves in {out / 'curves.png'}")
-    stop.over()
-    if run.accelerator.is_main_process:
-        evaluate.plot_curves([out / "metrics.jsonl"], out / "curves.png")
-
-
-def save_result(run: Run) -> None:
-    """OUT/model, in the dtype that the model came in; adapters are merged into it for good, so this comes last."""
-    if run.adapters:
-        run.adapters.merge_and_unload()
-    folder = Path(run.cfg.out) / "model"
-    models.save_model(run.model, run.processor, folder, run.save_dtype, run.accelerator.is_main_process)
-
-
-def learning_rate(cfg: Any, step: int) -> float:
-    """Of step 1, 2, ...: linear warm-up, times a linear decay that would reach 0 behind the last step."""
-    return cfg.lr * min(1.0, step / (cfg.warmup_steps + 1)) * (1.0 - (step - 1) / cfg.steps)
-
-
-def write_step(run: Run, records: list[dict], row: dict) -> None:
-    """A step's line of metrics.jsonl, and what each process has to tell of it, to rollouts.jsonl."""
-    out, records = Path(run.cfg.out), gather_object(records)
-    if run.accelerator.is_main_process:
-        evaluate.append_rows(out / "rollouts.jsonl", records)
-        evaluate.append_rows(out / "metrics.jsonl", [row])
-    run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-
-
-def save_state(run: Run, step: int) -> None:
-    """A checkpoint to resume from: what models.save_checkpoint writes, and what must not have changed by then."""
-    state = {"step": step, "settings": asdict(run.cfg), "data": data_fingerprint(run.prompts.examples)}
-    models.save_checkpoint(
-        run.model, run.optimizer, run.processor, run.adapters, models.checkpoint_folder(Path(run.cfg.out), step), state,
-        run.cfg.keep_last, run.accelerator.is_main_process,
-    )  # fmt: skip
-
-
-def train_steps(
-    run: Run, take_step: Callable[..., list[dict]], shown: Sequence[str], held_out: Sequence[Example], stop: "StopAtSignal"
-) -> int:  # fmt: skip
-    """The loop of any method: take a step, write it down; evaluate and save now and then. Returns the last step's number.
-
-    take_step(run, prompts, step, metrics) -> rows for rollouts.jsonl; shown: metrics beside the progress bar; held_out:
-    examples for --eval_every.
-    """
-    cfg, accelerator, out = run.cfg, run.accelerator, Path(run.cfg.out)
-    if cfg.report_to:
-        accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
-    skipped: set[str] = set()
-    step = run.checkpoint.step if run.checkpoint else 0
-    bar = tqdm(
-        prompt_stream(run, step), initial=step, total=cfg.steps, disable=not accelerator.is_main_process, dynamic_ncols=True
-    )  # fmt: skip
-    for step, prompts in enumerate(bar, step + 1):
-        for flaw in {flaw for prompt in data.whole(prompts) for flaw in prompt.skipped} - skipped:
-            tqdm.write(f"skipped: {flaw}")
-            skipped.add(flaw)
-        metrics = Averages()
-        run.seconds.clear()
-        lr = learning_rate(cfg, step)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        records = take_step(run, prompts, step, metrics)
-        for phase, seconds in run.seconds.items():
-            metrics.add(f"seconds_{phase}", seconds)
-        metrics.add("stop", stop.requested)
-        row = {"step": step, "lr": lr, **metrics.reduce(accelerator)}
-        interrupted = row.pop("stop") > 0  # agreed on by all processes
-        write_step(run, records, row)
-        bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
-        if interrupted or cfg.save_every and step % cfg.save_every == 0:
-            save_state(run, step)
-        if held_out and step % cfg.eval_every == 0:
-            scores = evaluate_model(run, held_out, out / f"eval_{step:06d}")
-            accelerator.log({f"eval_{name}": value for name, value in scores.items()}, step=step)
-        if interrupted:
-            break
-    bar.close()
-    return step
-
-
-class StopAtSignal:
-    """Ctrl-C and SIGTERM let the step finish, then save and stop; a second one changes nothing.
-
-    Launchers do not all pass signals on: torchrun does, and kills after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT sets
-    another limit); `accelerate launch` of one process does not, so SIGTERM belongs to the process of virft.py itself.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self.process = os.getpid()  # workers of the loader inherit the handler, and leave the signal to us
-        self.before = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def over(self) -> None:
-        """Everything is saved: what comes now is interrupted as ever."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def request(self, number: int, frame) -> None:
-        if not self.requested and os.getpid() == self.process:
-            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr, flush=True)
-        self.requested = True
+        examples = load_examples(cfg, "train" if trains else "val")
+    prompts = Prompts(task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
+    return build(cfg, accelerator, prompts, rewards, trains, cfg.temperature if trains else 1.0)
 
 
 # ------------------------------------------------------------------------------------------------
-# Evaluation and questions.
+# What a run writes.
 
 
-@torch.no_grad()
-def answer(run: Run, prompts: list[Prompt]) -> list[str]:
-    """The policy's most probable answers: the sampler of training, greedy."""
-    with run.autocast():
-        ids = sample(
-            run.model, run.collate(prompts), 1, None, run.cfg.max_completion_tokens, run.eos, **run.distribution
-        )
-    return run.decode(ids, completion_mask(ids, run.eos))
-
-
-def evaluate_model(run: Run, examples: Sequence[Example], out: Path) -> dict[str, float]:
-    """Greedy answers to all examples, shared out over the processes; scores, predictions and pictures go to `out`.
-
-    With --eval_only, answers that an interruption left in `out` are kept.
-    """
-    cfg, accelerator, task = run.cfg, run.accelerator, run.prompts.task
-    kept = []
-    if accelerator.is_main_process:
-        if not cfg.eval_only:
-            shutil.rmtree(out, ignore_errors=True)  # of an earlier training: other weights
-        kept = evaluate.recover(out, examples)
-    (kept,) = broadcast_object_list([kept])
-    out.mkdir(parents=True, exist_ok=True)
-    if kept:
-        run.say(f"going on with {len(kept)} of {len(examples)} answers from {out}")
-    left = sorted(set(range(len(examples))) - {record["row"] for record in kept})
-    mine = left[accelerator.process_index :: accelerator.num_processes]
-    batches = [[(i, i) for i in mine[at : at + cfg.eval_batch]] for at in range(0, len(mine), cfg.eval_batch)]
-    loader = DataLoader(run.prompts.of(examples), batch_sampler=batches, collate_fn=list, num_workers=cfg.workers)
-    records, bar = [], tqdm(loader, desc="evaluate", disable=not accelerator.is_main_process, dynamic_ncols=True)
-    with run.gathered():
-        for prompts in bar:
-            if cfg.skip_bad_images:
-                prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
-            batch = []
-            for prompt, text in zip(prompts, answer(run, data.whole(prompts)) if prompts else []):
-                parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
-                batch.append({"row": prompt.slot} | evaluate.record(task, prompt.example, prompt.target, text, parts))
-            evaluate.append_rows(evaluate.own_predictions(out, accelerator.process_index), batch)
-            records += batch
-    records = sorted([*kept, *gather_object(records)], key=lambda record: record["row"])
-    scores, by_category = evaluate.scores(records, task)
-    protocol = evaluate.protocol_of(task, cfg.eval_categories)
-    if accelerator.is_main_process:
-        evaluate.write_evaluation(out, task, protocol, records, scores, by_category, examples)
-    if len(records) < len(examples):
-        run.say(f"{len(examples) - len(records)} examples were skipped: their images do not open")
-    run.say(
-        f"{evaluate.report(scores, by_category, len(records), protocol)}\npredictions, results and pictures in {out}"
-    )
-    return scores
-
-
-def ask(run: Run) -> None:
-    """Answer --ask: print the completions and draw their boxes."""
-    for example in run.prompts.examples:
-        prompt = run.prompts.encode(example)
-        (text,) = answer(run, [prompt])
-        asked = re.sub(r"\W+", "_", example.category)[:40]
-        path = Path(run.cfg.out) / f"{Path(run.cfg.ask).stem}_{asked}.png"
-        evaluate.draw_answer(run.prompts.task, prompt, text, path)
-        run.say(f"{example.category}: {text}\n  drawn in {path}")
-
-
-def check_facts(run: Run, chosen: list[Prompt], rollouts: list[Rollout]) -> dict[str, float]:
-    """What --check prints and evaluate.doubts judges, over all answers to the chosen examples."""
-    prompts, task = run.prompts, run.prompts.task
-    texts, lengths = [text for ro in rollouts for text in ro.texts], torch.cat([ro.mask.sum(1) for ro in rollouts])
-    rewards = torch.cat([ro.rewards for ro in rollouts])
-    facts = evaluate.answer_shares(texts, task.parse)
-    if not run.cfg.think:
-        del facts["empty_think"]
-    facts["truncated"] = float(torch.cat([ro.truncated for ro in rollouts]).float().mean())
-    facts["zero_variance_groups"] = float((rewards == rewards[:, :1]).all(1).float().mean())
-    facts["true_no_objects"] = sum(p.example.solution == () for p in chosen) / len(chosen)
-    if task.boxes:
-        for convention in data.CONVENTIONS:
-            facts[f"iou as {convention}"] = evaluate.box_fit(chosen, texts, task, prompts.fit, convention)
-        facts["boxes per answer"] = sum(len(data.boxes_in(task.parse(text) or [])) for text in texts) / len(texts)
-        facts["true boxes"] = sum(len(data.boxes_in(p.example.solution)) for p in chosen) / len(chosen)
-    facts |= {f"reward {name}": float(torch.cat([ro.parts[name] for ro in rollouts]).mean()) for name in run.rewards}
-    facts |= {"tokens, mean": float(lengths.float().mean()), "tokens, most": float(lengths.max())}
-    trained = [p for p in run.policy.parameters() if p.requires_grad]
-    moments = 8 * sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trained)
-    facts["peak memory, GB, with the optimizer's moments"] = (models.peak_memory(run.device) + moments) / 1e9
-    return facts
-
-
-def check(run: Run) -> None:
-    """--check: sample as training does, go through one backward pass, and print what a run would meet."""
-    cfg, prompts, task = run.cfg, run.prompts, run.prompts.task
-    order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))
-    chosen = data.whole([prompts[slot, index] for slot, index in enumerate(order)])
-    size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of loading, before shards were shared out
-    rollouts = [rollout(run, chosen[at : at + size], 1) for at in range(0, len(chosen), size)]
-    first = rollouts[0]
-    B = min(cfg.prompts_per_forward, len(first.prompts))
-    with run.autocast():
-        logp, _ = run.policy(
-            run.collate(first.prompts[:B]), first.ids[: B * cfg.group_size], cfg.group_size, **run.distribution
-        )
-    logp.sum().backward()
-    run.optimizer.zero_grad(set_to_none=True)
-
-    facts = check_facts(run, chosen, rollouts)
-    coordinates = chosen[0].example.coordinates or prompts.coordinates
-    picture = Path(cfg.out) / "check.png"
-    if run.accelerator.is_main_process:
-        evaluate.draw_answer(task, chosen[0], first.texts[0], picture)
-    found = evaluate.doubts(facts, coordinates)
-    run.say(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
-    run.say("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
-    run.say("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in first.texts[: cfg.group_size]))
-    run.say("\n".join(f"LOOKS WRONG: {doubt}" for doubt in found) or "nothing looks wrong")
-    run.say(f"the first answer is drawn in {picture}; nothing was trained")
-
-
-def open_out(run: Run, setup: str) -> None:
-    """Make the run folder, once everything has loaded; parse_config let an earlier run through only with leave."""
-    cfg, out = run.cfg, Path(run.cfg.out)
-    if run.accelerator.is_main_process:
-        if run.checkpoint:  # what came after it will come again
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
-                evaluate.drop_rows_after(out / name, run.checkpoint.step)
-        elif (out / "config.json").exists() and (cfg.overwrite or not evaluate.unfinished(out, asdict(cfg))):
-            shutil.rmtree(out)
+def open_out(run: Run, per_prompt: int, what: str) -> None:
+    """Make the run folder, once everything has loaded, and print what a person should check."""
+    cfg, out, checks = run.cfg, Path(run.cfg.out), extra("check")
+    if run.main:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "config.json").exists():  # its time is when an evaluation began
             (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
-        (out / "setup.txt").write_text(setup + "\n")
+    if checks:
+        checks.describe(run, per_prompt, what)
+    else:
+        run.say("extras/ is missing: no description of the run, no pictures; Ctrl-C saves OUT/model and no checkpoint")
+    if cfg.report_to:
+        run.accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     run.accelerator.wait_for_everyone()
 
 
-def finish(run: Run) -> None:
-    """Close the trackers and the process group, after everything that uses it.
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
-    DDP first: were it the last to hold the group, it would wait for the group's threads while holding Python's lock,
-    and they sometimes wait for that lock (a hang at the end of one run in five, with gloo and torch 2.13).
+
+def write(run: Run, step: int, metrics: Averages, rows: list[dict], shown: Sequence[str]) -> None:
+    """Append the step to metrics.jsonl, rollouts.jsonl and the trackers; from here on it is taken."""
+    for phase, seconds in run.seconds.items():
+        metrics.put(f"seconds/{phase}", seconds)
+    row = {"lr": run.optimizer.param_groups[0]["lr"], **metrics.reduce(run.accelerator)}
+    rows = gather_object(rows)
+    if run.main:
+        data.append_rows(Path(run.cfg.out) / "rollouts.jsonl", rows)
+        data.append_rows(Path(run.cfg.out) / "metrics.jsonl", [{"step": step} | row])
+    run.accelerator.log(row, step=step)
+    run.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
+    run.done, run.whole = step, True
+
+
+@contextlib.contextmanager
+def guarded(run: Run) -> Iterator[Callable[[], bool]]:
+    """Yield `stopping()`, whether a signal asked to stop; after an error or Ctrl-C save what was learned.
+
+    With extras/ that is a checkpoint after the last whole step. Without, no signal is caught, and OUT/model is saved.
     """
-    run.policy = None
-    run.accelerator.free_memory()
-    run.accelerator.end_training()
+    if checkpoints := extra("checkpoints"):
+        with checkpoints.interruptible(run, write_model, save_model) as stopping:
+            yield stopping
+        return
+    try:
+        yield lambda: False
+    except (Exception, KeyboardInterrupt):
+        if run.main and not run.cfg.shard:  # shards cannot be gathered: other processes may not have failed
+            save_model(run)
+        raise
 
 
-def main(argv: list[str] | None = None) -> None:
+def write_model(run: Run, folder: Path, dtype: torch.dtype) -> None:
+    """Write model and processor in Hugging Face format. Every process calls it, the main one writes."""
+    weights, written = {}, {}
+    for name, tensor in run.model.state_dict().items():
+        place = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr()
+        tensor = whole_tensor(tensor)  # one at a time: only the main process ever holds them all
+        if run.main:
+            copied = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+            weights[name] = written.setdefault(place, copied)  # tied weights stay one tensor, and are saved once
+    if run.main:
+        run.model.save_pretrained(folder, state_dict=weights)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config.dtype = dtype  # save_pretrained writes down the dtype of training
+        config.save_pretrained(folder)
+        run.prompts.processor.save_pretrained(folder)
+
+
+def save_model(run: Run) -> None:
+    """Write OUT/model, whole or not at all, in the dtype that the model came in; adapters are merged for good."""
+    folder = Path(run.cfg.out) / "model"
+    new, old = folder.with_name("model.unfinished"), folder.with_name("model.old")
+    if run.adapters:
+        run.adapters.merge_and_unload()
+    if run.main:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():  # killed between the two renames below
+            old.rename(folder)
+    write_model(run, new, pretrained(transformers.AutoConfig, run.cfg.model).dtype or torch.float32)
+    if run.main:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        print(f"the model after {run.done} of {run.cfg.steps} steps is in {folder}", flush=True)
+
+
+def answer(run: Run, prompts: list[Prompt]) -> list[str]:
+    """Return the policy's most probable answers, one to each prompt, by the sampler of training."""
+    with torch.no_grad(), run.autocast():
+        ids, _ = sample(run.model, run.collate(prompts), 1, None, run.cfg.max_completion_tokens, run.eos, **run.distribution)
+    return run.decode(ids, completion_mask(ids, run.eos))
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def parse(kind: type, argv: Sequence[str] | None, **about) -> Any:
+    """Read a dataclass of settings from the command line; SystemExit names a flag that is unknown or out of bounds."""
+    group = parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **about)
+    for f, default in zip(fields(kind), asdict(kind()).values()):
+        of = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))
+        read, many = string_to_bool if of is bool else of, "*" if isinstance(default, list) else None
+        if f.metadata["heading"]:
+            group = parser.add_argument_group(f.metadata["heading"])
+        words = {"help": f.metadata["help"], "metavar": of.__name__.upper()}
+        group.add_argument(f"--{f.name}", type=read, nargs=many, default=default, **words)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-"), vars(found), n=1)
+        meant = f"did you mean --{near[0]}? " if near else ""
+        raise SystemExit(f"{' '.join(unknown)}: there is no such flag; {meant}--help lists them")
+    obey(found, [(f.name, *rule) for f in fields(kind) for rule in rules_of(f, getattr(found, f.name))])
+    return kind(**vars(found))
+
+
+def rules_of(f: Any, value: Any) -> list[tuple[bool, str]]:
+    """Return what the declaration of a setting asks of its value: (whether it is so, what would be right)."""
+    rules, values = f.metadata["rules"], value if isinstance(value, list) else [value]
+    choices = rules.get("choices", values)
+    choices = choices() if callable(choices) else choices
+    found = [(all(one in choices for one in values), f"one of {', '.join(map(str, choices))}")]
+    if value is not None:
+        for name, words, holds in (("least", "at least", ge), ("above", "above", gt), ("below", "below", lt)):
+            found += [(all(holds(one, rules[name]) for one in values), f"{words} {rules[name]}")] if name in rules else []
+    return found
+
+
+def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
+    """Raise SystemExit at the first broken rule: (flag, whether it is kept, what would be right)."""
+    for flag, good, right in rules:
+        if not good:
+            raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
+
+
+def training_rules(cfg: Any) -> list[tuple[str, Any, str]]:
+    """Return what every method of training asks of flags that depend on each other."""
+    n = launched()
+    return [
+        ("prompts_per_step", cfg.prompts_per_step % n == 0, f"a multiple of the {n} processes"),
+        ("lora_rank", not (cfg.lora_rank and cfg.shard), "0 with --shard: adapters are small enough to be copied"),
+        ("shard", n > 1 or not cfg.shard, "false for one process: there is nothing to divide"),
+    ]
+
+
+def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
+    """Return the rule that nothing of an earlier run or of anything else is lost: what stands in --out stays."""
+    out = Path(cfg.out)
+    there = {file.name for file in out.iterdir()} - {"config.json", "setup.txt"} if out.is_dir() else set()
+    taken = out.is_file() or "config.json" in os.listdir(out) and there if out.exists() else False
+    return "out", may_exist or not taken, "new: it holds an earlier run (--resume true continues it) or something else"
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
+    usage = "accelerate launch virft.py --task TASK --data DIR --model NAME [flags]"
+    cfg = parse(Config, argv, usage=usage, description="ViRFT: GRPO for vision-language models with verifiable rewards")
+    evaluates = cfg.eval_only or cfg.ask
+    unfinished = cfg.eval_only and extra("evaluate", "--eval_only").unfinished(Path(cfg.out), asdict(cfg))
+    obey(cfg, [
+        ("clip", len(cfg.clip) in (1, 2) and cfg.clip[0] < 1, "one or two numbers, the first below 1"),
+        ("resume", not (cfg.resume and evaluates), "false with --eval_only and --ask"),
+        ("check", not (cfg.check and evaluates), "false with --eval_only and --ask"),
+        ("ask", not cfg.ask or cfg.categories or not data.TASKS[cfg.task].asks_for, "together with --categories, what to look for"),
+        out_rule(cfg, may_exist=cfg.ask or cfg.check or cfg.resume or unfinished),
+        *([] if evaluates else training_rules(cfg)),
+    ])  # fmt: skip
+    return cfg
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(argv)
     try:
         run = start(cfg)
         if cfg.ask:
-            return ask(run) if run.accelerator.is_main_process else None
-        setup = describe(run)
-        run.say(setup)
+            return extra("check", "--ask").ask(run, answer)
         if cfg.check:
-            check(run)
-            return finish(run)
+            return extra("check", "--check").check(run, rollout, micro_batches)
         held_out = load_examples(cfg, "val") if cfg.eval_every and not cfg.eval_only else ()
-        open_out(run, setup)
+        open_out(run, cfg.group_size, "completions")
         if cfg.eval_only:
-            evaluate_model(run, run.prompts.examples, Path(cfg.out))
+            extra("evaluate", "--eval_only").evaluate(run, answer, run.prompts.examples, Path(cfg.out))
         else:
-            train(run, grpo_step, (*(f"reward_{name}" for name in run.rewards), "kl", "completion_tokens"), held_out)
-        finish(run)
+            train(run, held_out)
+        run.accelerator.end_training()
     except DataError as error:
         raise SystemExit(f"data: {error}") from None
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import models  # noqa: E402
 import virft  # noqa: E402
 
 NONE = torch.tensor([], dtype=torch.long)
@@ -46,7 +45,7 @@ def phases(model, inputs: dict, G: int, C: int) -> dict[str, tuple[int, float, f
     """{phase: (counted, the least, with a prompt for every completion)} for one prompt; the model attends eagerly."""
     model.set_attn_implementation("eager")
     config, P = model.config.get_text_config(), inputs["input_ids"].shape[1]
-    ids = torch.arange(G * C).view(G, C) % 80
+    ids, rows = torch.arange(G * C).view(G, C) % 80, [torch.arange(G)]
     sampling = {"temperature": 1.0, "forbidden": NONE}
     no_end = torch.tensor([config.vocab_size])  # an id that no token has: completions of full length
 
@@ -56,12 +55,12 @@ def phases(model, inputs: dict, G: int, C: int) -> dict[str, tuple[int, float, f
             logits.sum().backward()
 
     def train() -> None:
-        virft.CompletionLogps(model)(inputs, ids, G, **sampling)[0].sum().backward()
+        virft.backward(model, inputs, ids, rows, lambda rows, logp, entropy: logp.sum(), **sampling)
 
     with torch.no_grad():
         noise = torch.rand(G, C, dtype=torch.float64)
         sampled = count(lambda: virft.sample(model, inputs, G, noise, C, no_end, **sampling))
-        scored = count(lambda: virft.CompletionLogps(model)(inputs, ids, G, **sampling))
+        scored = count(lambda: virft.score(model, inputs, ids, rows, **sampling))
         once = count(lambda: prompt(False))
     trained, both = count(train), count(lambda: prompt(True))
     tokens, whole = (completion_operations(config, P, C, eager) for eager in (False, True))
@@ -81,7 +80,7 @@ def main() -> None:
     for side, C, G in ((224, 48, 8), (336, 64, 8), (336, 256, 8), (336, 512, 8)):
         with tempfile.TemporaryDirectory() as folder:
             vs_trl.write_model(Path(folder), side)
-            model = models.load_model(folder, None, torch.float32, torch.device("cpu"))
+            model = virft.load_model(folder, torch.float32, torch.device("cpu"))
         image_id = model.config.image_token_id
         ids = torch.tensor([[*range(8), *[image_id] * (side // vs_trl.PATCH) ** 2, *range(7)]])
         prompt = {

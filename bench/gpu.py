@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from bench import vs_trl  # noqa: E402
 from demo import shapes, warm_start  # noqa: E402
 
-PIXELS = {"min_pixels": 380_000, "max_pixels": 430_000}  # small pictures become 23 x 23 tokens of 28 x 28 pixels
+SIDE = 644  # pixels of the pictures: 23 x 23 tokens of 28 x 28
 TEXT = {
     "vocab_size": 151_936, "num_key_value_heads": 2, "max_position_embeddings": 32_768,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},

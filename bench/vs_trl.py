@@ -41,7 +41,6 @@ from transformers import (  # noqa: E402
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil  # noqa: E402
 
 import data  # noqa: E402
-import models  # noqa: E402
 import virft  # noqa: E402
 from demo import shapes, warm_start  # noqa: E402
 
@@ -97,7 +96,7 @@ def repeat_prompts(G: int) -> None:
 
 def ours(folder: Path, C: int, G: int, prompts: int, steps: int, repeated: bool, meter: type[Meter], **more) -> dict:
     flags = more | {
-        "data": folder / "data", "model": folder / "model", "out": folder / "run", "overwrite": "true", "steps": steps + 1, "prompts_per_step": prompts,
+        "data": folder / "data", "model": folder / "model", "out": folder / "run", "steps": steps + 1, "prompts_per_step": prompts,
         "group_size": G, "max_completion_tokens": C, "beta": 0.04, "lr": 1e-6, "workers": 0,
     }  # fmt: skip
     run = virft.start(virft.parse_config([part for n, v in flags.items() for part in (f"--{n}", str(v))]))
@@ -106,12 +105,10 @@ def ours(folder: Path, C: int, G: int, prompts: int, steps: int, repeated: bool,
     if repeated:
         repeat_prompts(G)
     meter, seconds, phases = meter(), [], []
-    stream = iter(virft.prompt_stream(run, 0))
-    for step in range(1, steps + 2):
+    for step, prompts_of_step in run.steps():
         start = time.perf_counter()
-        run.seconds.clear()
-        ro = virft.rollout(run, data.whole(next(stream)), step)
-        virft.update(run, ro, virft.Averages())
+        ro = virft.rollout(run, prompts_of_step, step)
+        virft.update(run, ro)
         seconds.append(time.perf_counter() - start)
         phases.append(dict(run.seconds))
         assert ro.ids.shape == (prompts * G, C)
@@ -128,8 +125,8 @@ def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, pixels:
     from trl import GRPOConfig, GRPOTrainer
 
     processor, gpu = AutoProcessor.from_pretrained(folder / "model", **pixels), torch.cuda.is_available()
-    model = models.load_model(str(folder / "model"), None, torch.float32, torch.device("cuda" if gpu else "cpu"))
-    eos, forbidden = models.special_tokens(model, processor)
+    model = virft.load_model(str(folder / "model"), torch.float32, torch.device("cuda" if gpu else "cpu"))
+    eos, forbidden = virft.special_tokens(model, processor)
     examples, _ = data.read_coco(str(folder / "data"), "train")
     rows = [
         {
@@ -159,7 +156,7 @@ def theirs(folder: Path, C: int, G: int, prompts: int, steps: int, meter: type[M
     times, lengths, phases, widths = [], [], [], []
 
     def now() -> float:
-        if torch.cuda.is_available():  # GPUs work behind the clock
+        if torch.cuda.is_available():  # CUDA is asynchronous
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -215,7 +212,7 @@ def compare_losses(folder: Path) -> None:
     old, reference = (logp + 0.4 * torch.randn(G, C, generator=generator) for _ in range(2))
     mask = torch.arange(C) < torch.tensor([[16], [9], [1], [12]])
     advantages = virft.group_advantages(torch.rand(1, G, generator=generator)).flatten()
-    for loss in ("grpo", "dr_grpo", "dapo"):
+    for loss in virft.NORMALIZATIONS:
         trainer = make_trainer(folder, C, G, 1, 1, use_bias_correction_kl=False)
         trainer.loss_type = loss
         trainer.current_gradient_accumulation_steps = 1
@@ -227,8 +224,8 @@ def compare_losses(folder: Path) -> None:
             "old_per_token_logps": old, "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
         }  # fmt: skip
         them = float(trainer._compute_loss(trainer.model, inputs))
-        weights, divisor = virft.token_weights(mask, loss, C)
-        us = float(virft.grpo_loss(logp, old, reference, advantages, weights, 0.2, 0.2, 0.04)[0] / divisor)
+        weights, divisor = virft.NORMALIZATIONS[loss](mask, C)
+        us = float(virft.grpo_loss(logp, old, reference, advantages, mask, weights, (0.2, 0.2), 0.04)[0] / divisor)
         print(f"{loss:8s} TRL {them:.8f}   virft.py {us:.8f}   difference {abs(us - them):.1e}")
         assert abs(us - them) < 1e-5
 

@@ -20,11 +20,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
 from demo.controls import flags  # noqa: E402
-from evaluate import WINDOW, smoothed  # noqa: E402
+from extras.report import WINDOW, plot_curves, smoothed  # noqa: E402
 
-FILES = ("virft.py", "rewards.py", "data.py", "evaluate.py", "models.py")
+FILES = ("virft.py", "rewards.py", "data.py")
+FILES += tuple(str(file.relative_to(ROOT)) for file in sorted((ROOT / "extras").rglob("*.py")))
 
 
 class Breakage(NamedTuple):
@@ -61,7 +61,8 @@ def broken_copy(breakage: Breakage, folder: Path) -> Path:
     """The project's files in `folder`, one line of virft.py edited; the copy of virft.py."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        shutil.copy(ROOT / name, folder)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     text = (folder / "virft.py").read_text()
     if breakage.old:
         if text.count(breakage.old) != 1:
@@ -73,7 +74,7 @@ def broken_copy(breakage: Breakage, folder: Path) -> Path:
 def train(settings: dict, breakage: Breakage, folder: Path, seed: int) -> Path:
     """Train, unless just this was done; the run's metrics.jsonl."""
     run, script = folder / str(seed), broken_copy(breakage, folder / "code")
-    argv = flags(settings, out=run, seed=seed, picture_every=0, **breakage.flags)
+    argv = flags(settings, out=run, seed=seed, **breakage.flags)
     trained = {
         "flags": argv,
         "files": {n: hashlib.sha256((folder / "code" / n).read_bytes()).hexdigest() for n in FILES},
@@ -88,7 +89,7 @@ def train(settings: dict, breakage: Breakage, folder: Path, seed: int) -> Path:
 
 
 def curve(metrics: Path) -> np.ndarray:
-    return smoothed([json.loads(line)["reward_iou"] for line in metrics.read_text().splitlines()])
+    return smoothed([json.loads(line)["reward/iou"] for line in metrics.read_text().splitlines()])
 
 
 def plot(runs: dict[str, list[Path]], path: Path) -> None:
@@ -110,7 +111,7 @@ def plot(runs: dict[str, list[Path]], path: Path) -> None:
         axis.set_xlabel(f"step (mean of {WINDOW})")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("reward_iou")
+    axes[0, 0].set_ylabel("reward/iou")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -140,7 +141,7 @@ def main() -> None:
         plot(runs, args.out / "breakages.png")
         print(f"broken and unbroken curves  {args.out / 'breakages.png'}")
     if "unbroken" in names:
-        evaluate.plot_curves(runs["unbroken"], args.out / "curves.png")
+        plot_curves(runs["unbroken"], args.out / "curves.png")
         print(f"the unbroken runs           {args.out / 'curves.png'}")
 
 

@@ -12,6 +12,7 @@ Factors and shifts are fitted on the training pictures, then applied to the held
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,9 +72,10 @@ def shuffled_training(arguments: list[str]) -> None:
 
 
 def flags(settings: dict, **changes) -> list[str]:
-    """The command line of a run's config.json with changes."""
+    """The command line of a run's config.json with changes; what an earlier run left in its folder goes."""
     argv = []
-    for name, value in (settings | changes | {"overwrite": True}).items():
+    shutil.rmtree(changes["out"], ignore_errors=True)
+    for name, value in (settings | changes).items():
         if value is not None and value != []:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return argv
@@ -100,7 +102,7 @@ def main() -> None:
             link.symlink_to(os.path.relpath(target, link.parent))
     held_out_data = {"data": out / "data", "out": out / "shuffled/after", "model": out / "shuffled/model"}
     shuffled_training(flags(settings, out=out / "shuffled", seed=args.seed))
-    evaluation = {"eval_only": True, "eval_batch": 64, "negatives": 0.1, "rewards": []}  # all the task's, as in run.sh
+    evaluation = {"eval_only": True, "prompts_per_step": 64, "negatives": 0.1, "rewards": []}  # all the task's, as in run.sh
     virft.main(flags(settings, **held_out_data, **evaluation))
     virft.main(flags(settings, data=fit, out=out / "fit", eval_limit=600, **evaluation))
     training, held_out = read_predictions(out / "fit"), read_predictions(out / "before")

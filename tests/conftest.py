@@ -76,7 +76,7 @@ def make_run(llava_dir, shapes_dir, tmp_path):
     def make(**flags) -> virft.Run:
         settings = {
             "data": shapes_dir, "model": llava_dir, "out": tmp_path / "run", "max_completion_tokens": 12, "group_size": 4,
-            "prompts_per_step": 4, "prompts_per_forward": 4, "steps": 2, "workers": 0, "beta": 0.04, "lr": 1e-3,
+            "prompts_per_step": 4, "micro_batch": 16, "steps": 2, "workers": 0, "beta": 0.04, "lr": 1e-3,
         } | flags  # fmt: skip
         argv = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         return virft.start(virft.parse_config(["--task", "coco", *argv]))

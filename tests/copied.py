@@ -21,33 +21,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 """
-PARTS = {  # README's table: name -> names of virft.py, names of models.py
-    "advantages": (("group_advantages",), ()),
-    "loss": (("completion_mask", "LOSSES", "token_weights", "kl_to_reference", "grpo_loss"), ()),
+PARTS = {  # README's table: part -> names of virft.py, in an order in which they can be defined
+    "advantages": ("group_advantages",),
+    "loss": ("completion_mask", "NORMALIZATIONS", "kl_to_reference", "clipped_ratio", "RATIOS", "grpo_loss"),
     "shared prefix": (
-        ("Prefix", "prefill", "fork", "branch", "log_distribution", "FLOAT32_BLOCK", "token_logps"),
-        ("told_positions", "next_position", "rotary_offset"),
+        "rotary_offset", "told_positions", "next_position", "Prefix", "prefill", "fork", "branch", "log_distribution",
+        "FLOAT32_BLOCK", "token_logps",
     ),
-}
+}  # fmt: skip
 
 
-def source(file: str, names: tuple[str, ...]) -> list[str]:
-    """The definitions of these names as they stand in a file."""
-    text = (ROOT / file).read_text(encoding="utf-8")
+def definitions(file: Path) -> dict[str, str]:
+    """Functions, classes and constants of a module: name -> source."""
+    text = file.read_text(encoding="utf-8")
     found = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign):
             found[ast.unparse(node.targets[0])] = ast.get_source_segment(text, node)
+        elif isinstance(node, ast.AnnAssign):
+            found[ast.unparse(node.target)] = ast.get_source_segment(text, node)
         elif hasattr(node, "name"):
             found[node.name] = ast.get_source_segment(text, node)
-    return [found[name] for name in names]
+    return found
 
 
 def copied(part: str, folder: Path):
     """A module of the part's lines and the header, and nothing else."""
-    ours, models = PARTS[part]
-    module = part.replace(" ", "_")
-    text = "\n\n\n".join([HEADER.strip(), *source("models.py", models), *source("virft.py", ours)])
+    module, source = part.replace(" ", "_"), definitions(ROOT / "virft.py")
+    text = "\n\n\n".join([HEADER.strip(), *(source[name] for name in PARTS[part])])
     (folder / f"{module}.py").write_text(text + "\n", encoding="utf-8")
     return importlib.import_module(module)
 
@@ -82,8 +83,8 @@ def check_loss(part, torch) -> None:
             surrogate = min(rho * A[i], max(min(rho, 1 + high), 1 - low) * A[i])
             terms.append(-surrogate + beta * (math.exp(r - p) - (r - p) - 1))
         expected += sum(terms) / len(terms) / 2
-    weights, divisor = part.token_weights(mask, "grpo", 4)
-    loss = part.grpo_loss(logp, old, ref, torch.tensor(A), weights, low, high, beta)[0] / divisor
+    weights, divisor = part.NORMALIZATIONS["grpo"](mask, 4)
+    loss = part.grpo_loss(logp, old, ref, torch.tensor(A), mask, weights, (low, high), beta)[0] / divisor
     assert abs(float(loss) - expected) < 1e-5, (float(loss), expected)
 
 
@@ -175,7 +176,7 @@ def main() -> None:
         import transformers
 
         check_shared_prefix(copied("shared prefix", Path(folder)), torch, transformers)
-        ours = {"virft", "models", "data", "evaluate"} & sys.modules.keys()
+        ours = {"virft", "data", "mia_dpo", "extras"} & sys.modules.keys()
         assert not ours, f"imported: {ours}"
         print(
             f"{version}, torch {torch.__version__}, transformers {transformers.__version__}: rewards, {', '.join(PARTS)}"

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 import data
+import virft
 from conftest import spread
 
 IMAGE, VIDEO, START, END, EOS, BREAK = 90, 91, 92, 93, 94, 95
@@ -322,6 +323,13 @@ def alone(model, inputs: dict, ids: Tensor, temperature: float, forbidden: Tenso
         sequence[name] = value
     logits = model(**sequence).logits[0, -len(ids) - 1 : -1] / temperature
     return logits.index_fill(-1, forbidden, -math.inf).double().log_softmax(-1)
+
+
+def scored(model, inputs: dict, ids: Tensor, temperature: float = 1.0, forbidden: Tensor | None = None):
+    """virft.completion_logps of completions ids [N, C] to B prompts, N / B of each in order, as one graph."""
+    rows = torch.arange(len(ids)) // (len(ids) // len(inputs["input_ids"]))
+    forbidden = torch.tensor([], dtype=torch.long) if forbidden is None else forbidden
+    return virft.completion_logps(model, virft.encode(model, inputs), rows, ids, temperature, forbidden)
 
 
 def gradients(model: torch.nn.Module) -> Tensor:

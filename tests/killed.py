@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import models  # noqa: E402
 import virft  # noqa: E402
+from extras import checkpoints  # noqa: E402
 
 
 def die(*args, **kwargs):
@@ -26,21 +26,21 @@ def die(*args, **kwargs):
 def main() -> None:
     moment, argv = sys.argv[1], sys.argv[2:]
     if moment == "model":
-        plain_write = models.write_model
+        plain_write = virft.write_model
 
-        def write_model(model, processor, folder, dtype, main):
-            plain_write(model, processor, folder, dtype, main)
+        def write_model(run, folder, dtype):
+            plain_write(run, folder, dtype)
             if folder.parent.name.endswith(".unfinished"):
                 whole = folder / "model.safetensors"
                 if whole.exists():
                     whole.write_bytes(whole.read_bytes()[:5000])  # in the middle of this file
                 die()
 
-        models.write_model = write_model
+        virft.write_model = write_model
     elif moment == "optimizer":
-        models.save_file = die
+        checkpoints.save_file = die
     elif moment == "rename":
-        models.os.fsync = die
+        checkpoints.os.fsync = die
     elif moment == "prune":
         plain_remove = shutil.rmtree
 
@@ -51,7 +51,7 @@ def main() -> None:
                 die()
             plain_remove(path, **how)
 
-        models.shutil.rmtree = remove
+        checkpoints.shutil.rmtree = remove
     elif moment != "never":
         plain_rollout, started = virft.rollout, []
 

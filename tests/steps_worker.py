@@ -16,16 +16,17 @@ from accelerate.utils import gather_object  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: E402
 
-import models  # noqa: E402
 import virft  # noqa: E402
+from extras import shards  # noqa: E402
 
 FLAGS = [
-    "--task", "coco", "--prompts_per_step", "8", "--prompts_per_forward", "2", "--max_completion_tokens", "32", "--workers", "0",
-    "--overwrite", "true", "--max_grad_norm", "1e9", "--negatives", "0.3", "--seed", "4", "--steps", "3",
+    "--task", "coco", "--prompts_per_step", "8", "--micro_batch", "16", "--max_completion_tokens", "32", "--workers", "0",
+    "--negatives", "0.3", "--seed", "4", "--steps", "3",
 ]  # fmt: skip
 
 
 def make_run(flags: list[str]) -> virft.Run:
+    virft.MAX_GRAD_NORM = 1e9
     run = virft.start(virft.parse_config([*FLAGS, *flags]))
     run.optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=0.05)
     return run
@@ -33,13 +34,13 @@ def make_run(flags: list[str]) -> virft.Run:
 
 def whole(run: virft.Run, gradients: bool) -> dict[str, torch.Tensor]:
     tensors = {n: p.grad if gradients else p for n, p in run.model.named_parameters() if p.requires_grad}
-    return {n: models.whole_tensor(t).detach().clone() for n, t in tensors.items()}
+    return {n: virft.whole_tensor(t).detach().clone() for n, t in tensors.items()}
 
 
 def two_steps(run: virft.Run) -> tuple[dict[str, torch.Tensor], list]:
     """Gradients and weights of two steps, and what was sampled."""
     tensors, sampled = {}, []
-    for step, prompts in enumerate(virft.prompt_stream(run, 0), 1):
+    for step, prompts in run.steps():
         if step == 3:
             return tensors, sampled
 
@@ -48,10 +49,10 @@ def two_steps(run: virft.Run) -> tuple[dict[str, torch.Tensor], list]:
 
         hook = run.optimizer.register_step_pre_hook(note)
         ro = virft.rollout(run, prompts, step)
-        virft.update(run, ro, virft.Averages())
+        virft.update(run, ro)
         hook.remove()
         tensors |= {f"{step}/weight/{n}": t for n, t in whole(run, False).items()}
-        sampled += gather_object(virft.rollout_records(ro, step))
+        sampled += gather_object(ro.rows(step))
 
 
 def odd_rollouts(run: virft.Run) -> dict[str, float]:
@@ -64,14 +65,12 @@ def odd_rollouts(run: virft.Run) -> dict[str, float]:
         ),
         "not finite": lambda ro: ro._replace(advantages=ro.advantages * float("nan")),
     }
-    skipped, stream = {}, virft.prompt_stream(run, 0)
+    skipped, stream = {}, (prompts for _, prompts in run.steps())
     last = run.accelerator.process_index == run.accelerator.num_processes - 1
     for step, (name, change) in enumerate(odd.items(), 1):
         for prompts, spoil in zip(stream, (last, False)):
-            metrics = virft.Averages()
             ro = virft.rollout(run, prompts, step)
-            virft.update(run, change(ro) if spoil else ro, metrics)
-            values = metrics.reduce(run.accelerator)
+            values = virft.update(run, change(ro) if spoil else ro).reduce(run.accelerator)
             skipped[name if name not in skipped else f"after {name}"] = values["skipped_updates"]
     return skipped
 
@@ -88,14 +87,14 @@ def main() -> None:
 
     _fsdp_param_group.foreach_all_gather = counted
     tensors, facts = {}, {}
-    for loss in ("grpo", "dr_grpo", "dapo"):
+    for loss in virft.NORMALIZATIONS:
         run = make_run([*flags, "--loss", loss])
         found, sampled = two_steps(run)
         tensors |= {f"{loss}/{name}": tensor for name, tensor in found.items()}
         facts[loss] = sorted(sampled, key=lambda record: json.dumps(record))
-    facts["units"] = sum(isinstance(module, virft.FSDPModule) for module in run.model.modules())
+    facts["units"] = len(shards.parts(run.model))
     gathers = 0
-    virft.rollout(run, next(iter(virft.prompt_stream(run, 0))), 1)
+    virft.rollout(run, next(run.steps())[1], 1)
     facts["gathers in a rollout"] = gathers
     run.cfg.mask_truncated = True
     facts["skipped"] = odd_rollouts(run)
@@ -106,7 +105,7 @@ def main() -> None:
     if run.accelerator.is_main_process:
         save_file(tensors, out / "tensors.safetensors")
         (out / "facts.json").write_text(json.dumps(facts))
-    virft.finish(run)
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Readers, images and coordinates: what is read, and which error names what."""
+"""Test readers, images and coordinates, and the errors that they raise."""
 
 import json
 import math
@@ -8,22 +8,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import SHARED, shared
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from conftest import SHARED, shared
 from data import DataError, Example, Fit
 from rewards import box_iou, iou_reward
-
 
 COCO = data.TASKS["coco"]
 
 
 @pytest.fixture
 def coco(tmp_path):
-    """Three pictures; dog in 1 and 2, cat in 2, a crowd of dogs in 3, a category without any picture."""
+    """Write three images: dogs in 1 and 2, a cat in 2, a crowd of dogs in 3; no image shows the third category."""
     table = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in (1, 2, 3)],
         "annotations": [
@@ -59,7 +58,7 @@ def by_id(examples):
 
 
 def test_one_example_per_image_and_category(coco):
-    """[25] Crowds are no targets but are kept for the score; categories without a picture are named."""
+    """[25] Check that crowds are kept apart from targets, and that categories without an image are named."""
     examples, notes = read(coco.root)
     found = by_id(examples)
     assert set(found) == {"train/1/dog", "train/2/dog", "train/2/cat"}
@@ -84,7 +83,7 @@ def test_categories(coco):
 
 @shared("coco_mini")
 def test_named_splits():
-    """The published splits, against the 80 names of real COCO."""
+    """Compare the published splits with the 80 names of real COCO."""
     known = [
         c["name"] for c in json.loads((SHARED / "coco_mini" / "instances_train2017.json").read_text())["categories"]
     ]
@@ -133,7 +132,7 @@ def annotation(row, **fields):
     return lambda table: table["annotations"][row].update(fields)
 
 
-BAD = {  # what is wrong: (change, what the error must name); the first group concerns single images
+BAD = {  # what is wrong: (change, what the error must name); the first five concern single images
     "box outside the image": (
         annotation(1, bbox=[50, 5, 20, 10]),
         r"annotations\[1\] of image 1 \(60x40\) lies outside",
@@ -202,7 +201,7 @@ def test_images_of_every_kind_load_upright_in_rgb(tmp_path):
     for name, image in kinds.items():
         image.save(tmp_path / name)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to display
     sideways.save(tmp_path / "exif.png", exif=exif)
     clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
     clear.paste((255, 0, 0, 255), (0, 0, 10, 20))
@@ -240,7 +239,7 @@ sides = st.integers(1, 6000)
 
 @given(width=sides, height=sides, multiple=st.sampled_from([1, 14, 28, 32]))
 def test_fitted_sizes_are_stable(width, height, multiple):
-    """What the processor is given satisfies its own rule, so that it changes nothing."""
+    """Check that a fitted size satisfies the processor's rule, so that the processor changes nothing."""
     fit = Fit(multiple, 3136, 401408)
     w, h = fit.size(width, height)
     assert w % multiple == 0 and h % multiple == 0 and w * h <= 401408
@@ -254,7 +253,7 @@ def test_fitted_sizes_are_stable(width, height, multiple):
 @shared("qwen2_5_vl_processor")
 @given(width=sides, height=sides)
 def test_qwen_processors_keep_fitted_sizes(width, height):
-    """Against the resizing rule of transformers itself, with the real Qwen2.5-VL settings."""
+    """Compare with the resizing rule of transformers, with the real Qwen2.5-VL settings."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     settings = json.loads((SHARED / "qwen2_5_vl_processor" / "preprocessor_config.json").read_text())
@@ -297,7 +296,7 @@ boxes = st.tuples(*[st.floats(0, 1)] * 4).map(
 
 @given(box=boxes, coordinates=st.sampled_from(["relative", "pixels"]))
 def test_coordinates_round_trip(box, coordinates):
-    """To the model and back: exact unrounded; rounded, within half a unit of the model's coordinates."""
+    """Convert to the model and back: exact without rounding, within half a unit of the model's coordinates with it."""
     size, seen = (640, 427), (616, 420)
     target = data.model_size(coordinates, seen)
     assert target == ((1000, 1000) if coordinates == "relative" else seen)
@@ -326,14 +325,16 @@ def test_ground_truth_written_as_an_answer_earns_everything(coordinates):
     assert data.model_answer(COCO, nothing, target) == "<think></think><answer>No Objects</answer>"
 
 
-SIZES = [(640, 427), (427, 640), (1920, 1080), (3000, 4000), (56, 56), (101, 997), (2000, 60), (30, 1500), (777, 778), (1, 150)]  # fmt: skip
+SIZES = [
+    (640, 427), (427, 640), (1920, 1080), (3000, 4000), (56, 56), (101, 997), (2000, 60), (30, 1500),
+    (777, 778), (1, 150),
+]  # fmt: skip
 
 
 @shared("qwen2_5_vl_processor")
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_qwen2_5_vl_coordinates_are_pixels_of_what_the_processor_passes_on(size, tmp_path):
-    """A white rectangle drawn at a box is found again, in the pixels that the real processor makes, at to_model(box),
-    and to_pixels leads back to where it was drawn."""
+    """Draw a white rectangle, and find it in the real processor's output at to_model(box); to_pixels leads back."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     settings = json.loads((SHARED / "qwen2_5_vl_processor" / "preprocessor_config.json").read_text())
@@ -364,7 +365,7 @@ def test_qwen2_5_vl_coordinates_are_pixels_of_what_the_processor_passes_on(size,
 
 
 def test_coordinates_of_families_that_exist():
-    """Names of transformers' model types: a misspelled one would never be found."""
+    """Compare with the model types of transformers: a misspelled one would never be found."""
     from transformers import CONFIG_MAPPING
 
     assert set(data.COORDINATES_OF_FAMILY) <= set(CONFIG_MAPPING.keys())
@@ -380,7 +381,7 @@ BOXES = "<answer>[{'Position': [100, 200, 500, 800], 'Confidence': 1}]</answer>"
 
 @pytest.fixture(params=["parquet", "folder of parquet", "save_to_disk"])
 def released(request, tmp_path):
-    """write(row) makes a table of a good row and the same one with changes; returns what --data would be."""
+    """Return write(**change): write a table of a good row and a changed copy, return the value of --data."""
     datasets = pytest.importorskip("datasets")
 
     def write(**change) -> str:
@@ -406,7 +407,7 @@ def rows(source, task="coco", split="train", **flags):
 
 
 def test_released_rows(released):
-    """Their own prompts and their 0..1000 are kept, for a model family that speaks pixels too."""
+    """Check that released rows keep their prompts and their 0..1000, also for a model family that uses pixels."""
     (first, second), _ = rows(released())
     assert first.solution == ((20, 20, 100, 80),) and first.size == (200, 100)
     assert first.category == "dog" and second.solution == ()
@@ -443,12 +444,12 @@ def test_a_table_without_the_split_says_what_it_has(released):
 
 
 def test_a_hub_name_is_read_as_a_table_is(monkeypatch):
-    """The hub itself is not asked here; what has the form owner/name, and is no path, goes to it."""
+    """Check, without the hub, that a source of the form owner/name that is not a path is loaded from the hub."""
     datasets = pytest.importorskip("datasets")
     row = {"image": Image.new("RGB", (200, 100)), "problem": PROBLEM, "solution": BOXES}
     table = datasets.DatasetDict({"train": datasets.Dataset.from_list([row])})
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"laolao77/ViRFT_COCO": table}[name])
-    (example,), notes = rows(COCO.hub_data)
+    (example,), _ = rows(COCO.hub_data)
     assert example.id == "laolao77/ViRFT_COCO/0" and example.solution == ((20, 20, 100, 80),)
     assert not data.is_table("rows.jsonl") and not data.is_table("a/b/c") and not data.is_table(".")
 
@@ -469,7 +470,7 @@ def test_tables_of_several_images_and_of_classes(tmp_path):
 
 @pytest.fixture
 def lines(tmp_path):
-    """write(*rows) -> a JSON lines file beside 200 x 100 pictures a.png and b.png; its rows default to a good one."""
+    """Return write(*changes): write JSON rows, each a changed good row, next to 200 x 100 images a.png and b.png."""
     for name in "ab":
         Image.new("RGB", (200, 100), "white").save(tmp_path / f"{name}.png")
 
@@ -485,7 +486,7 @@ def lines(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_json_rows_declare_their_coordinates(lines, name):
-    """Pixels become what the model speaks, and the prompt says so; 0..1000 stays, and the prompt is left alone."""
+    """Check that pixels follow the model's convention, which the prompt then states; 0..1000 and its prompt stay."""
     source = lines({}, {"coords": 1000}, {"coords": "1000", "solution": "No Objects"}, {"category": "cat"}, name=name)
     (pixels, thousand, none, named), _ = rows(source)
     assert pixels.solution == ((20, 20, 100, 80),) and thousand.solution == ((4, 2, 20, 8),) and none.solution == ()

@@ -4,22 +4,26 @@ Models are tiny and random, inputs are as the family's processor makes them; the
 forward over one prompt and one completion. Numbers in brackets are those of "Ways to be wrong" in the README.
 """
 
+import contextlib
 import importlib.util
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, StaticLayer
 
 import data
 import families
-import models
 import virft
 from conftest import SHARED, shared
-from families import FAMILIES, alone, batch, gradients, prompts
+from extras import check, hub
+from families import FAMILIES, alone, batch, gradients, prompts, scored
 
 FORBIDDEN = torch.tensor([5, 17, *range(families.WORDS, families.TEXT["vocab_size"])])  # with all placeholders
 NEVER = torch.tensor([-1])  # as the EOS
@@ -44,40 +48,52 @@ def completions(inputs: list[dict], seed: int = 3) -> torch.Tensor:
 
 
 def score(model, inputs: list[dict], ids: torch.Tensor) -> torch.Tensor:
-    return virft.CompletionLogps(model)(batch(inputs), ids, G, TEMPERATURE, FORBIDDEN)[0]
+    return scored(model, batch(inputs), ids, TEMPERATURE, FORBIDDEN)[0]
 
 
-def check_against_the_repeated_prompt(name: str, inputs: list[dict]) -> None:
+def check_against_the_repeated_prompt(name: str, inputs: list[dict], chunk: int) -> None:
+    """Two stages, `chunk` completions at a time (0: all), against each completion alone in one plain forward."""
     model, ids = families.model(name), completions(inputs)
     weights = torch.randn(ids.shape)  # distinguishes every row and token: a swapped pair would show
-    logp, entropy = virft.CompletionLogps(model)(batch(inputs), ids, G, TEMPERATURE, FORBIDDEN)
-    (logp * weights).sum().backward()
+    logp, entropy = torch.zeros_like(weights), torch.zeros_like(weights)
+    chunks = torch.arange(len(ids)).split(chunk if chunk and virft.shares_prompt(model) else len(ids))
+
+    def loss_of(rows, chunk_logp, chunk_entropy):
+        logp[rows], entropy[rows] = chunk_logp.detach(), chunk_entropy
+        assert chunk_logp.dtype == torch.float32
+        return (chunk_logp * weights[rows]).sum()
+
+    distribution = {"temperature": TEMPERATURE, "forbidden": FORBIDDEN}
+    virft.backward(model, batch(inputs), ids, chunks, loss_of, **distribution)
     found = gradients(model)
     model.zero_grad()
     expected = oracle(name, model, inputs, ids)
     (expected * weights).sum().backward()
     assert (logp - expected).abs().max() < 1e-5
-    assert logp.dtype == torch.float32 and (logp <= 0).all() and (entropy > 0).all()
+    assert torch.equal(virft.score(model, batch(inputs), ids, chunks, **distribution), logp)
+    assert (logp <= 0).all() and (entropy > 0).all()
     assert (found - gradients(model)).norm() / found.norm() < 1e-5
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_one_prompt_equals_the_repeated_prompt(name):
-    """[1] Log-probabilities and gradients of a group, behind a prompt with several images."""
-    check_against_the_repeated_prompt(name, prompts(name)[1:])
+def test_one_prompt_equals_the_repeated_prompt(name, chunk):
+    """[1] Log-probabilities and gradients of a group, after a prompt with several images."""
+    check_against_the_repeated_prompt(name, prompts(name)[1:], chunk)
 
 
+@pytest.mark.parametrize("chunk", [0, 1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_shared_prefix_equals_the_repeated_prompt(name):
+def test_shared_prefix_equals_the_repeated_prompt(name, chunk):
     """[1, 10] The same for prompts of unequal length with unequal images, left-padded into one batch."""
-    check_against_the_repeated_prompt(name, prompts(name))
+    check_against_the_repeated_prompt(name, prompts(name), chunk)
 
 
 @pytest.mark.parametrize("name", ["LLaVA-NeXT", "Idefics3", "GLM-4V"])
 def test_repeating_prompts_gives_what_sharing_gives(name, monkeypatch):
     """The way of models that cannot share, also for such as are told their positions and have no image grids."""
     monkeypatch.setattr(virft, "shares_prompt", lambda model: False)
-    check_against_the_repeated_prompt(name, prompts(name))
+    check_against_the_repeated_prompt(name, prompts(name), 0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -89,8 +105,9 @@ def test_tokens_are_sampled_from_the_scored_distribution(name):
     model, inputs = families.model(name), prompts(name)
     noise = virft.sampling_noise(["a", "b"], G, C)
     with torch.no_grad():
-        ids = virft.sample(model, batch(inputs), G, noise, C, NEVER, TEMPERATURE, FORBIDDEN)
+        ids, sampled = virft.sample(model, batch(inputs), G, noise, C, NEVER, TEMPERATURE, FORBIDDEN)
         logp = score(model, inputs, ids)
+        assert (sampled - logp).abs().max() < 1e-5
         for i, row in enumerate(ids):
             p = alone(model, inputs[i // G], row, TEMPERATURE, FORBIDDEN, FAMILIES[name].completion).exp()
             above = p.cumsum(1).gather(1, row[:, None]).squeeze(1)  # of the token, with it
@@ -98,6 +115,79 @@ def test_tokens_are_sampled_from_the_scored_distribution(name):
             assert (noise[i] < above + 1e-5).all() and (noise[i] > above - drawn - 1e-5).all()
             assert (logp[i] - drawn.log()).abs().max() < 1e-5
     assert len({tuple(row.tolist()) for row in ids}) == len(ids)
+
+
+def growing(model, inputs: dict, noise: torch.Tensor, tokens: int, eos: torch.Tensor) -> torch.Tensor:
+    """The same tokens by a cache that grows: `branch` for one token after the other, no row ever leaves."""
+    prefix = virft.fork(virft.prefill(model, inputs), torch.arange(len(noise)) // G)
+    ids, logits = torch.full((len(noise), tokens), int(eos[0])), prefix.logits
+    ended = torch.zeros(len(noise), dtype=torch.bool)
+    for t in range(tokens):
+        cdf = virft.log_distribution(logits, TEMPERATURE, FORBIDDEN).double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, noise[:, t, None] * cdf[:, -1:], right=True).squeeze(1)
+        ids[:, t] = torch.where(ended, ids[:, t], token)
+        ended |= torch.isin(token, eos)
+        logits = virft.branch(model, prefix, token[:, None])[:, -1]
+        prefix = prefix._replace(mask=F.pad(prefix.mask, (0, 1), value=1), position=prefix.position + 1)
+    return ids
+
+
+@pytest.mark.parametrize("look", [2, 16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fixed_shapes_sample_the_tokens_of_a_growing_cache(name, look, monkeypatch):
+    """In float64, rows ending at different times, with and without halving the batch."""
+    monkeypatch.setattr(virft, "LOOK_EVERY", look)
+    model, inputs, eos = families.model(name).double(), batch(prompts(name)), torch.arange(8, 24)
+    inputs = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    noise = virft.sampling_noise(["a", "b"], G, 20)
+    with torch.no_grad():
+        ids, _ = virft.sample(model, inputs, G, noise, 20, eos, TEMPERATURE, FORBIDDEN)
+        expected = growing(model, inputs, noise, 20, eos)
+    lengths = virft.completion_mask(expected, eos).sum(1)
+    assert len(set(lengths.tolist())) > 2 and ids.shape[1] == max(2, lengths.max())
+    assert torch.equal(ids, expected[:, : ids.shape[1]].where(virft.completion_mask(expected, eos)[:, : ids.shape[1]], eos[0]))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raise at every operation that would make the CPU wait for a GPU, and note where storage lies."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2].partition(".")[0]
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_waits_and_no_memory_moves_between_two_looks(name, monkeypatch):
+    """Tensor.item, tolist, cpu, numpy, bool and int raise while tokens are decoded; the cache keeps its storage."""
+    model, inputs, places = families.model(name), batch(prompts(name)), set()
+    noise, fork = virft.sampling_noise(["a", "b"], G, 10), virft.fork
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("waits for the device")
+
+    def watched(prefix, rows):
+        forked = fork(prefix, rows)
+        plain = model.forward
+
+        def forward(**more):
+            with contextlib.ExitStack() as stack:
+                for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__"):
+                    stack.enter_context(mock.patch.object(torch.Tensor, method, forbidden))
+                with NoWaiting():
+                    out = plain(**more)
+            growing = [layer for layer in forked.cache.layers if isinstance(layer, StaticLayer)]
+            places.add(tuple(x.data_ptr() for layer in growing for x in (layer.keys, layer.values)))
+            assert growing
+            return out
+
+        monkeypatch.setattr(model, "forward", forward)
+        return forked
+
+    monkeypatch.setattr(virft, "fork", watched)
+    with torch.no_grad():
+        virft.sample(model, inputs, G, noise, 10, NEVER, TEMPERATURE, FORBIDDEN)
+    assert len(places) == 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -132,28 +222,24 @@ def test_a_prompt_is_encoded_once(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_steps_change_every_parameter_that_has_a_path_to_the_loss(name):
-    """Those without are found by walking the graph; the oracle is what backward leaves without a gradient."""
+    """Those without one keep no gradient, and AdamW leaves them alone."""
     model, inputs = families.model(name), prompts(name)[1:]
     ids, advantages = completions(inputs), torch.tensor([1.0, -0.5, -0.5])
     logp = score(model, inputs, ids)
-    unreached = models.unreachable(model, logp)
     logp.sum().backward()
-    assert set(unreached) == {name for name, p in model.named_parameters() if p.grad is None}
+    unreached = {name for name, p in model.named_parameters() if p.grad is None}
     model.zero_grad()
-    for parameter in unreached.values():
-        parameter.requires_grad_(False)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     gains = []
     for _ in range(2):
         logp = score(model, inputs, ids)
-        weights = torch.full_like(logp, 1 / logp.numel())
-        loss, _, _ = virft.grpo_loss(logp, logp.detach(), None, advantages, weights, 0.2, 0.2, 0.0)
-        loss.backward()
+        weights, mask = torch.full_like(logp, 1 / logp.numel()), torch.ones_like(logp).bool()
+        virft.grpo_loss(logp, logp.detach(), None, advantages, mask, weights, (0.2, 0.2), 0.0)[0].backward()
         gains.append((weights * logp.detach() * advantages[:, None]).sum())
         optimizer.step()
         optimizer.zero_grad()
-    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == set(unreached)
+    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == unreached
     assert gains[1] > gains[0], "what was good became likelier than what was bad"
 
 
@@ -173,7 +259,7 @@ def test_placeholders_are_forbidden_where_the_model_could_say_them(name):
     """[20] A cross-attending family has an embedding for its placeholder, but no logit: nothing is to be left out."""
     model, inputs = families.model(name), prompts(name)
     processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=families.EOS))
-    eos, forbidden = models.special_tokens(model, processor)
+    eos, forbidden = virft.special_tokens(model, processor)
     with torch.no_grad():
         logits = model(**inputs[0]).logits[0, -1]
     placeholders = set(torch.cat([each["input_ids"][0] for each in inputs]).tolist()) - set(range(families.WORDS))
@@ -183,13 +269,6 @@ def test_placeholders_are_forbidden_where_the_model_could_say_them(name):
     assert virft.log_distribution(logits, 1.0, torch.tensor(forbidden, dtype=torch.long)).exp().sum().item() == (
         pytest.approx(1.0)
     )
-
-
-def test_a_model_that_cannot_share_says_so_once(make_run, monkeypatch):
-    run, line = make_run(), "repeated for each completion in scoring and training"
-    assert line not in virft.describe(run)
-    monkeypatch.setattr(virft, "shares_prompt", lambda model: False)
-    assert virft.describe(run).count(line) == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -236,32 +315,15 @@ MISSING = {  # what an ImportError of transformers says, remedy
 
 @pytest.mark.parametrize("error, remedy", MISSING.items())
 def test_a_missing_package_is_named_in_one_line(error, remedy):
-    with pytest.raises(SystemExit) as stopped, models.loading("model", "name"):
+    with pytest.raises(SystemExit) as stopped, hub.loading("model", "name"):
         raise ImportError(error)
     assert str(stopped.value) == f"model name needs a package that is not installed: {remedy}"
-
-
-@shared("qwen2_5_vl_processor")
-@pytest.mark.parametrize("name, expected", [("LLaVA", "flash_attention_2"), ("Mllama", "sdpa")])
-def test_flash_attention_is_asked_only_of_families_that_have_it(name, expected, tmp_path, monkeypatch):
-    families.model(name).save_pretrained(tmp_path)
-    asked = []
-
-    def from_pretrained(*_, attn_implementation, **__):
-        asked.append(attn_implementation)
-        raise SystemExit
-
-    monkeypatch.setattr(models, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(models.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
-    with pytest.raises(SystemExit):
-        models.load_model(str(tmp_path), None, torch.bfloat16, torch.device("cuda"))
-    assert asked == [expected]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_the_real_processor_without_torchvision_names_it():
     with pytest.raises(SystemExit, match=r"^model .+ needs a package that is not installed: pip install torchvision$"):
-        models.load_processor(str(SHARED / "qwen2_5_vl_processor"), None, 401408, 3136)
+        virft.load_processor(SimpleNamespace(model=str(SHARED / "qwen2_5_vl_processor"), max_pixels=401408), "auto")
 
 
 @shared("qwen2_5_vl_processor")
@@ -269,11 +331,12 @@ def test_the_real_qwen2_5_vl_processor_and_configuration(tmp_path):
     """Its template, tokenizer, image processor and token ids, with a model of its vocabulary made tiny."""
     pytest.importorskip("torchvision", reason="transformers builds Qwen-VL's processors only with torchvision")
     folder = SHARED / "qwen2_5_vl_processor"
-    processor, fit, coordinates = models.load_processor(str(folder), None, 401408, 3136)
+    settings = SimpleNamespace(model=str(folder), max_pixels=401408)
+    processor, fit, coordinates, _ = virft.load_processor(settings, "auto")
     assert coordinates == "pixels"
 
     Image.effect_noise((640, 427), 64).convert("RGB").save(tmp_path / "noise.png")
-    examples = data.questions(tmp_path / "noise.png", "dog, frisbee and its thrower")
+    examples = check.questions(data.TASKS["coco"], tmp_path / "noise.png", "dog, frisbee and its thrower")
     asked = data.Prompts(data.TASKS["coco"], examples, processor, fit, coordinates)
     inputs = [asked[0, i].inputs for i in range(2)]
     assert asked[0, 0].target == (644, 420) and "644" in processor.tokenizer.decode(inputs[0]["input_ids"][0])
@@ -287,13 +350,13 @@ def test_the_real_qwen2_5_vl_processor_and_configuration(tmp_path):
     torch.manual_seed(0)
     config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    eos, forbidden = map(torch.tensor, models.special_tokens(model, processor))
+    eos, forbidden = map(torch.tensor, virft.special_tokens(model, processor))
     assert processor.tokenizer.convert_ids_to_tokens(eos.tolist()) == ["<|im_end|>"]
     assert "<|image_pad|>" in processor.tokenizer.convert_ids_to_tokens(forbidden.tolist())
     with torch.no_grad():
         noise = virft.sampling_noise(["a", "b"], 2, C)
-        ids = virft.sample(model, batch(inputs), 2, noise, C, eos, 1.0, forbidden)
-        logp = virft.CompletionLogps(model)(batch(inputs), ids, 2, 1.0, forbidden)[0]
+        ids, _ = virft.sample(model, batch(inputs), 2, noise, C, eos, 1.0, forbidden)
+        logp = scored(model, batch(inputs), ids, 1.0, forbidden)[0]
         for i, row in enumerate(ids):
             expected = alone(model, inputs[i // 2], row, 1.0, forbidden).gather(1, row[:, None]).squeeze(1)
             assert (logp[i] - expected).abs().max() < 1e-5

@@ -1,6 +1,6 @@
-"""What the README says can be done, is done here; what it links to is there."""
+"""What README.md and the pages in docs/ say can be done, is done here; what they link to is there."""
 
-import ast
+import dataclasses
 import json
 import os
 import re
@@ -15,51 +15,110 @@ import pytest
 import copied
 import mia_dpo
 import virft
+from bench import memory
 from conftest import ROOT
 from demo import breakages, report, shapes
+from rewards import REWARDS
 from test_tasks import name_as
 
-README = (ROOT / "README.md").read_text()
-# Lines of code blocks, indented or fenced, and code within a line, where they are commands; a pipe in a table is escaped.
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README, ALL = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
+# Lines of code blocks, indented or fenced, and code within a line, where they are commands.
 COMMANDS = sorted({
-    line.strip() for line in re.findall(r"^(?: {4})?((?:accelerate|torchrun|python|bash) .*)$|`((?:accelerate|torchrun|python|bash) [^`]*)`", README, re.M)
+    line.strip() for line in re.findall(r"^(?: {4})?((?:accelerate|torchrun|python|bash) .*)$|`((?:accelerate|torchrun|python|bash) [^`]*)`", ALL, re.M)
     for line in line if line
 })  # fmt: skip
 
 
 def fenced(language: str, marker: str) -> str:
-    """The one code block of a language that holds the marker."""
-    (found,) = (block for block in re.findall(rf"```{language}\n(.*?)```", README, re.S) if marker in block)
+    """The one code block of a language, on any page, that holds the marker."""
+    (found,) = (block for block in re.findall(rf"```{language}\n(.*?)```", ALL, re.S) if marker in block)
     return found
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks, in which Python's brackets look like links."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
 
 
 # ------------------------------------------------------------------------------------------------
 # Links and commands.
 
 
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", prose(text), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_lead_somewhere():
-    headings = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.M)}  # fmt: skip
-    for text, target in re.findall(r"\[([^]]*)\]\(([^)]*)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
-            if re.fullmatch(r"`\w+`", text):
-                name = text.strip("`")
-                assert re.search(rf"^(def|class) {name}\b", (ROOT / target).read_text(), re.M), f"{name} in {target}"
+    """Links are relative to their page; a name in backticks is a function, class or constant of the file it links to."""
+    linked = set()
+    for page, text in PAGES.items():
+        for label, target in re.findall(r"\[([^]]*)\]\(([^)]*)\)", prose(text)):
+            if target.startswith("http"):
+                continue
+            file, _, anchor = target.partition("#")
+            path = (page.parent / file).resolve() if file else page
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                assert anchor in anchors(PAGES[path]), f"{page.name}: {target}"
+            if re.fullmatch(r"`\w+`", label) and path.suffix == ".py":
+                name = label.strip("`")
+                source = copied.definitions(path).get(name, "")
+                assert source.startswith(("def ", "class ")) or source and name.isupper(), (
+                    f"{page.name}: {name} in {target}"
+                )
+            if page == ROOT / "README.md":
+                linked.add(path)
+    assert PAGES.keys() - {ROOT / "README.md"} <= linked, "every page of docs/ is linked to from the README"
 
 
 def test_symbols_are_names_of_the_code():
-    """Every name in the table of symbols stands in the function that is said to make it."""
-    source = (ROOT / "virft.py").read_text()
-    defined = {
-        node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if hasattr(node, "name")
-    }
+    """Every name in the table of symbols is used in the function or constant that is said to make it."""
+    defined = copied.definitions(ROOT / "virft.py")
     rows = re.findall(r"^\| .* \| ((?:`\w+`(?:, )?)+) \| .* \| (.*\(virft\.py\)) \|$", README, re.M)
     assert len(rows) == 10
     for names, functions in rows:
         text = "".join(defined[function] for function in re.findall(r"`(\w+)`", functions))
         assert all(re.search(rf"\b{name}\b", text) for name in re.findall(r"`(\w+)`", names)), names
+
+
+def named_in(source: str, metric: str) -> bool:
+    """Whether code logs a metric of this name: as a string, as a keyword, or under reward/ or seconds/ by an f-string."""
+    space, slash, name = metric.partition("/")
+    if not slash:
+        return bool(re.search(rf"[\"']{metric}[\"']|\b{metric}=", source))
+    known = name == "NAME" or (name in REWARDS if space == "reward" else f'"{name}"' in source)
+    return space in ("reward", "seconds") and f"{space}/{{" in source and known
+
+
+def test_the_pages_name_what_is_there():
+    """Tests, flags and metrics that the pages speak of exist."""
+    written = "".join(file.read_text() for file in [*(ROOT / "tests").glob("*.py"), ROOT / "test_rewards.py"])
+    assert set(re.findall(r"`(test_[a-z0-9_]+)`", ALL)) <= set(re.findall(r"def (test_[a-z0-9_]+)", written))
+    configs = (virft.Config, mia_dpo.BuildConfig, mia_dpo.TrainConfig)
+    flags = {field.name for config in configs for field in dataclasses.fields(config)} | {"help"}
+    launchers = {"config_file", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"}
+    scripts = "".join(file.read_text() for file in [*ROOT.glob("bench/*.py"), *ROOT.glob("demo/*.py")])
+    benches = set(re.findall(r'add_argument\(\s*"--([a-z]+)"', scripts))
+    assert set(re.findall(r"--([a-z]+(?:_[a-z0-9]+)*)", ALL)) <= flags | launchers | benches
+
+    source = "".join(file.read_text() for file in (ROOT / "virft.py", ROOT / "data.py", *ROOT.glob("extras/*.py")))
+    section = PAGES[ROOT / "docs" / "tasks.md"].partition("## Every metric")[2].partition("\n## ")[0]
+    listed = {name for cell in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`([^`]+)`", cell)}
+    assert len(listed) >= 20, "the table of metrics was found"
+    mentioned = set(re.findall(r"`((?:reward|seconds)/\w+)`", ALL))
+    assert not (invented := {name for name in listed | mentioned if not named_in(source, name)}), invented
+    assert not named_in(source, "reward/iuo") and not named_in(source, "seconds/trian") and not named_in(source, "x/y")
+
+    (logged,) = re.findall(r"`train` logs (`.*?)\.\n", PAGES[ROOT / "docs" / "mia_dpo.md"], re.S)
+    assert all(f'"{name}"' in (ROOT / "mia_dpo.py").read_text() for name in re.findall(r"`([^`]+)`", logged))
+
+
+def test_docs_have_the_memory_table(capsys):
+    memory.main()
+    assert capsys.readouterr().out in PAGES[ROOT / "docs" / "gpus.md"]
 
 
 DEMOS = ("classification", "grounding", "multi-image", "mia-dpo")
@@ -76,7 +135,7 @@ def parsed(command: str):
 
 
 OURS = [command for command in COMMANDS if re.search(r"virft\.py --\w|mia_dpo\.py (build|train)|run\.sh --|run\.sh demo", command)]  # fmt: skip
-OURS = [command for command in OURS if "bench/" not in command]
+OURS = [command for command in OURS if "bench/" not in command and "--help" not in command]
 
 
 @pytest.mark.parametrize("command", OURS)
@@ -86,9 +145,10 @@ def test_the_flags_of_a_command_are_good(command, tmp_path, monkeypatch):
 
 
 def test_every_command_is_run_or_read_by_a_test():
-    """A command of the README that no test knows is one that nobody has tried."""
+    """A command of the pages that no test knows is one that nobody has tried."""
     tests = "".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
-    by_hand = ("accelerate config", "accelerate launch", "bash run.sh test", "python -c ")  # theirs; this; needs scipy
+    # Named in passing; this; needs scipy; argparse's.
+    by_hand = ("accelerate launch", "bash run.sh test", "python -c ", "python virft.py --help")
     for command in sorted(set(COMMANDS) - set(OURS)):
         if not command.startswith(by_hand):
             script, part = re.fullmatch(r"(?:python|bash) (\S+) ?([a-z]*).*", command).groups()
@@ -119,9 +179,8 @@ def test_the_table_of_parts_is_the_one_that_is_tried():
     section = README.partition("## Copy this")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| (advantages|loss|shared prefix) \| (.*?) \|", section, re.M))
     assert fenced("python", "from typing import Any, NamedTuple").split() == copied.HEADER.split()
-    assert {name: set(re.findall(r"`(\w+)`", row)) for name, row in rows.items()} == {
-        name: {*ours, *models} for name, (ours, models) in copied.PARTS.items()
-    }
+    listed = {name: set(re.findall(r"`(\w+)`", row)) for name, row in rows.items()}
+    assert listed == {name: set(ours) for name, ours in copied.PARTS.items()}
 
 
 def test_the_lines_that_use_a_shared_prefix_are_the_ones_that_are_tried():
@@ -131,7 +190,7 @@ def test_the_lines_that_use_a_shared_prefix_are_the_ones_that_are_tried():
 
 
 def adapter(tmp_path: Path, marker: str, call: str):
-    """What an adapter of the README returns, with rewards.py beside it and nothing else of this project."""
+    """What an adapter of docs/models.md returns, with rewards.py beside it and nothing else of this project."""
     (tmp_path / "rewards.py").write_text((ROOT / "rewards.py").read_text())
     (tmp_path / "adapter.py").write_text(fenced("python", marker) + f"\nimport json\nprint(json.dumps({call}))\n")
     done = subprocess.run([sys.executable, "adapter.py"], cwd=tmp_path, capture_output=True, text=True)
@@ -166,14 +225,14 @@ def test_the_lesson_on_paper_is_right(tmp_path):
     import doctest
 
     session = fenced("pycon", ">>>")
-    test = doctest.DocTestParser().get_doctest(session, {}, "README", None, 0)
+    test = doctest.DocTestParser().get_doctest(session, {}, "docs/lesson.md", None, 0)
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     assert doctest.DocTestRunner(optionflags=flags, verbose=False).run(test).failed == 0
 
 
 @pytest.mark.parametrize("name", breakages.BREAKAGES)
-def test_a_breakage_is_the_one_that_the_readme_tells(name, tmp_path):
-    """Its line is in virft.py once, README shows the line in its place, and the copy is virft.py but for that."""
+def test_a_breakage_is_the_one_that_the_lesson_tells(name, tmp_path):
+    """Its line is in virft.py once, the lesson shows the line in its place, and the copy is virft.py but for that."""
     broken = breakages.BREAKAGES[name]
     copy = breakages.broken_copy(broken, tmp_path).read_text()
     lines = [(a, b) for a, b in zip((ROOT / "virft.py").read_text().splitlines(), copy.splitlines()) if a != b]
@@ -182,7 +241,7 @@ def test_a_breakage_is_the_one_that_the_readme_tells(name, tmp_path):
     )
     compile(copy, name, "exec")
     if broken.against:
-        (row,) = re.findall(rf"^\| {name} \|.*$", README, re.M)
+        (row,) = re.findall(rf"^\| {name} \|.*$", PAGES[ROOT / "docs" / "lesson.md"], re.M)
         assert broken.new in row and all(f"--{flag} {value}" in row for flag, value in broken.flags.items())
 
 
@@ -195,7 +254,7 @@ def test_breakages_train_and_draw(llava_dir, shapes_dir, tmp_path):
     }  # fmt: skip
     virft_flags = [str(p) for n, v in flags.items() for p in (f"--{n}", *(v if isinstance(v, list) else [v]))]
     (out / "train").mkdir(parents=True)
-    settings = virft.asdict(virft.parse_config(virft_flags))
+    settings = dataclasses.asdict(virft.parse_config(virft_flags))
     (out / "train" / "config.json").write_text(json.dumps(settings))
     command = [sys.executable, ROOT / "demo" / "breakages.py", "--out", out, "--seeds", "3", "--only", "clip inverted"]
     for _ in range(2):
@@ -224,7 +283,8 @@ def house(tmp_path) -> Path:
     for name in ("bin", "lib", "lib64", "pyvenv.cfg"):
         if (Path(sys.prefix) / name).exists():
             (folder / ".venv" / name).symlink_to(Path(sys.prefix) / name)
-    for name in ("run.sh", "requirements.txt", "demo", "bench", "tests", *(path.name for path in ROOT.glob("*.py"))):
+    folders = ("demo", "bench", "tests", "extras")
+    for name in ("run.sh", "requirements.txt", *folders, *(path.name for path in ROOT.glob("*.py"))):
         (folder / name).symlink_to(ROOT / name)
     summed = subprocess.run(["cksum"], stdin=(ROOT / "requirements.txt").open(), capture_output=True, text=True).stdout
     for gpu in ("none", "nvidia"):
@@ -239,14 +299,14 @@ def run_sh(house: Path, *argv, check: bool = True) -> subprocess.CompletedProces
 
 
 def test_reproduce_evaluates_trains_evaluates_and_goes_on(house, llava_dir, tmp_path):
-    """The command of the README on a small folder in COCO's layout with a tiny model; what was finished is not done twice."""
-    assert "bash run.sh reproduce --data DIR" in README
+    """The command of docs/tested.md on a small folder in COCO's layout with a tiny model; what was finished is not done twice."""
+    assert "bash run.sh reproduce --data DIR" in COMMANDS
     assert "--data DIR" in run_sh(house, "reproduce", "--model", "x", check=False).stderr
     root = tmp_path / "coco"
     for split in ("train", "val"):
         shapes.write_split(root, split, 12, seed=0)
     name_as(root, "fewshot8")
-    flags = ["--data", root, "--model", llava_dir, "--steps", "2", "--prompts_per_step", "2", "--max_completion_tokens", "8", "--workers", "0", "--lr", "1e-3", "--save_every", "1", "--keep_last", "2"]  # fmt: skip
+    flags = ["--data", root, "--model", llava_dir, "--steps", "2", "--prompts_per_step", "2", "--max_completion_tokens", "8", "--workers", "0", "--lr", "1e-3", "--save_every", "1"]  # fmt: skip
     first = run_sh(house, "reproduce", *flags).stdout
     header, row, trained = (line for line in first.splitlines() if line.startswith("| ") and "---" not in line)
     assert header.startswith("|  | mAP | ") and {"cat", "bed"} < set(header.split(" | "))
@@ -302,8 +362,8 @@ def test_run_sh_says_what_there_is(house):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["", "classification", "grounding", "multi-image"])
 def test_the_demos_run(house, family):
-    """Their commands, three steps long; what the figures are is the README's to say. Controls and breakages go on from the first."""
-    run_sh(house, "demo", *family.split(), "--steps", "3", "--picture_every", "0")
+    """Their commands, three steps long; what the figures are is for the pages to say. Controls and breakages go on from the first."""
+    run_sh(house, "demo", *family.split(), "--steps", "3")
     out = house / "runs" / ("demo" + (f"_{family.replace('-', '_')}" if family else ""))
     assert json.loads((out / "summary.json").read_text()).keys() >= {"before", "after"}
     if not family:
@@ -315,7 +375,7 @@ def test_the_demos_run(house, family):
 
 @pytest.mark.slow
 def test_the_mia_dpo_demo_runs_and_gains(house):
-    """As the README tells it: more right answers about one of several pictures, none lost about the only one."""
+    """As docs/mia_dpo.md tells it: more right answers about one of several pictures, none lost about the only one."""
     run_sh(house, "demo", "mia-dpo", "--seed", "0")
     summary = json.loads((house / "runs" / "demo_mia_dpo" / "summary.json").read_text())
     several, single = summary["accuracy, asked about one of several pictures"], summary["accuracy, asked about the only picture"]  # fmt: skip

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-import models
 import virft
 from conftest import ROOT
+from extras import checkpoints
 
 FLAGS = {
-    "task": "coco", "max_completion_tokens": 32, "group_size": 4, "prompts_per_step": 4, "prompts_per_forward": 2, "workers": 0,
-    "steps": 4, "save_every": 1, "keep_last": 10, "lr": 1e-3, "warmup_steps": 2, "beta": 0.04, "picture_every": 0, "model": ROOT / "demo" / "model",
+    "task": "coco", "max_completion_tokens": 32, "group_size": 4, "prompts_per_step": 4, "micro_batch": 8, "workers": 0,
+    "steps": 4, "save_every": 1, "lr": 1e-3, "warmup_steps": 2, "beta": 0.04, "model": ROOT / "demo" / "model",
 }  # fmt: skip
 
 
@@ -32,8 +32,15 @@ def argv(**flags) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(shapes_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    virft.main(argv(data=shapes_dir, out=out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "KEEP", 10)
+        virft.main(argv(data=shapes_dir, out=out))
     return out
+
+
+@pytest.fixture(autouse=True)
+def keep_all(monkeypatch):
+    monkeypatch.setattr(checkpoints, "KEEP", 10)
 
 
 @pytest.fixture
@@ -78,20 +85,21 @@ def test_a_resumed_run_is_the_uninterrupted_run(uninterrupted, stopped, shapes_d
     assert sorted(f.name for f in (stopped / "checkpoints").iterdir()) == [f"step_{i:06d}" for i in (1, 2, 3, 4)]
 
 
-def test_a_resumed_run_may_be_chunked_otherwise(uninterrupted, stopped, shapes_dir):
-    """Settings of memory may change: the same numbers but for rounding."""
-    resume(shapes_dir, stopped, micro_batch=3, prompts_per_forward=4, keep_last=1)
+def test_a_resumed_run_may_be_chunked_otherwise(uninterrupted, stopped, shapes_dir, monkeypatch):
+    """Settings of memory may change: the same numbers but for rounding. The newest two checkpoints stay."""
+    monkeypatch.setattr(checkpoints, "KEEP", 2)
+    resume(shapes_dir, stopped, micro_batch=3)
     rows = [(out / "metrics.jsonl").read_text().splitlines()[-1] for out in (uninterrupted, stopped)]
     assert json.loads(rows[0])["grad_norm"] == pytest.approx(json.loads(rows[1])["grad_norm"], rel=1e-3)
-    assert [f.name for f in (stopped / "checkpoints").iterdir()] == ["step_000004"]
+    assert sorted(f.name for f in (stopped / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
 
 
 def test_the_reference_stays_the_initial_model(stopped, shapes_dir):
     run = virft.start(virft.parse_config(argv(data=shapes_dir, out=stopped, resume="true")))
     initial = dict(AutoModelForImageTextToText.from_pretrained(FLAGS["model"], dtype=torch.float32).named_parameters())
-    reference, policy = (dict(model.named_parameters()) for model in (run.reference.model, run.model))
+    reference, policy = (dict(model.named_parameters()) for model in (run.reference, run.model))
     assert reference.keys() == initial.keys() and all(torch.equal(reference[n], initial[n]) for n in initial)
-    assert run.checkpoint.step == 2 and sum(not torch.equal(policy[n], initial[n]) for n in initial) > 50
+    assert run.done == 2 and sum(not torch.equal(policy[n], initial[n]) for n in initial) > 50
 
 
 def test_adapters_resume_too(shapes_dir, tmp_path):
@@ -147,9 +155,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_good_one_offered(stopped, shape
     newest = stopped / "checkpoints" / "step_000002"
     spoil(newest, how)
     message = refused(shapes_dir, stopped)
-    assert str(newest) in message and f"go on from {stopped / 'checkpoints' / 'step_000001'}" in message
+    assert str(newest) in message and f"continue from {stopped / 'checkpoints' / 'step_000001'}" in message
     shutil.rmtree(newest)
-    assert models.read_checkpoint(models.checkpoint_folders(stopped)[-1]).step == 1
+    assert checkpoints.read(checkpoints.folders(stopped)[-1]).step == 1
     spoil(stopped / "checkpoints" / "step_000001", how)
     assert "There is no other" in refused(shapes_dir, stopped)
 
@@ -162,13 +170,13 @@ FULL_DISK = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit fails, as on a full disk
 sys.path.insert(0, ".")
-import models, virft
-plain = models.write_model
-def write_model(model, processor, folder, dtype, main):
+import virft
+plain = virft.write_model
+def write_model(run, folder, dtype):
     if "step_000002" in str(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-    plain(model, processor, folder, dtype, main)
-models.write_model = write_model
+    plain(run, folder, dtype)
+virft.write_model = write_model
 virft.main(sys.argv[1:])
 """
 
@@ -180,7 +188,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(shapes_dir, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "step_000002 cannot be written" in done.stderr and "step_000001: make room" in done.stderr
     assert [f.name for f in (out / "checkpoints").iterdir()] == ["step_000001"]
-    models.read_checkpoint(out / "checkpoints" / "step_000001")
+    checkpoints.read(out / "checkpoints" / "step_000001")
 
 
 @pytest.mark.slow
@@ -195,12 +203,10 @@ def test_ten_kills_change_nothing(shapes_dir, tmp_path, processes):
         out = tmp_path / name
         for moment in ways:
             whole = out / "checkpoints"
-            again = (
-                {"resume": "true"}
-                if any(re.fullmatch(r"step_\d+", f.name) for f in whole.glob("*"))
-                else {"overwrite": "true"}
-            )
-            flags = argv(data=shapes_dir, out=out, steps=40, keep_last=2, **again)
+            again = {"resume": "true"} if any(re.fullmatch(r"step_\d+", f.name) for f in whole.glob("*")) else {}
+            if not again:
+                shutil.rmtree(out, ignore_errors=True)
+            flags = argv(data=shapes_dir, out=out, steps=40, **again)
             command = ["tests/killed.py", moment, *flags]
             if processes > 1:
                 command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *command]

@@ -13,15 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import families
-import models
 import virft
-from bench import memory
 from bench.memory import TEXT_F, TEXT_H, VISION_D
 from conftest import ROOT, first_prompts
 from demo import warm_start
+from extras.adapters import language_model
 from test_algorithm import capture_gradients, spread_rewards, step
 
-LOSSES = ("grpo", "dr_grpo", "dapo")
+LOSSES = tuple(virft.NORMALIZATIONS)
 
 
 def launch(script: str, processes: int, *argv, timeout: int = 280) -> subprocess.CompletedProcess:
@@ -86,7 +85,7 @@ def test_adapters_alone_change_and_the_merged_model_answers_as_the_adapted_one(m
     run = make_run(lora_rank=2, beta=0.1, lr=1e-2)
     spread_rewards(run)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    language = {name for name, _ in models.language_model(run.model).named_parameters(prefix="model.language_model")}
+    language = {name for name, _ in language_model(run.model).named_parameters(prefix="model.language_model")}
     _, metrics = step(run, 1)
     assert metrics.reduce(run.accelerator)["kl"] == pytest.approx(0, abs=1e-9)  # adapters start as no change
     _, metrics = step(run, 2)
@@ -95,17 +94,16 @@ def test_adapters_alone_change_and_the_merged_model_answers_as_the_adapted_one(m
     adapters = {name for name in before if "lora_" in name}
     assert changed == adapters and adapters < language and len(adapters) == 2 * 4 * 7
     inputs, ids = run.collate(first_prompts(run, 2)), torch.randint(300, 900, (4, 6))
-    with torch.no_grad():
-        adapted, _ = run.policy(inputs, ids, 2, **run.distribution)
-        initial, _ = run.reference(inputs, ids, 2, **run.distribution)
-        again, _ = run.policy(inputs, ids, 2, **run.distribution)
+    rows, batch = [torch.arange(4)], virft.MicroBatch([], inputs, ids, torch.ones_like(ids))
+    adapted = virft.score(run.model, inputs, ids, rows, **run.distribution)
+    initial = run.reference_logps(batch)
+    again = virft.score(run.model, inputs, ids, rows, **run.distribution)
     assert torch.equal(adapted, again) and (adapted - initial).abs().max() > 1e-3
     for model, logps in ((Path(run.cfg.out) / "model", adapted), (run.cfg.model, initial)):
         if model == Path(run.cfg.out) / "model":
-            virft.save_result(run)
+            virft.save_model(run)
         loaded = AutoModelForImageTextToText.from_pretrained(model).eval()
-        with torch.no_grad():
-            found, _ = virft.CompletionLogps(loaded)(inputs, ids, 2, **run.distribution)
+        found = virft.score(loaded, inputs, ids, rows, **run.distribution)
         torch.testing.assert_close(found, logps, atol=2e-5, rtol=0)
 
 
@@ -118,14 +116,14 @@ def test_freezing_the_vision_part_trains_the_language_model_alone(make_run):
     assert changed == {name for name in before if "language_model" in name or "lm_head" in name}
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 100])
-def test_chunks_of_completions_change_no_gradient(make_run, micro_batch):
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
+def test_chunks_of_completions_change_no_gradient(make_run, micro_batch, monkeypatch):
     taken = []
     for size in (0, micro_batch):
-        run = make_run(micro_batch=size, prompts_per_forward=2, max_completion_tokens=24)
+        run = make_run(micro_batch=size, max_completion_tokens=24)
         run.eos = torch.cat([run.eos, torch.arange(40, 80)])  # unequal lengths
         spread_rewards(run)
-        taken.append(capture_gradients(run))
+        taken.append(capture_gradients(run, monkeypatch))
         _, metrics = step(run, 1)
         assert metrics.reduce(run.accelerator)["kl"] == pytest.approx(0, abs=1e-9)
     assert (taken[1][0] - taken[0][0]).norm() / taken[0][0].norm() < 1e-5
@@ -149,11 +147,11 @@ def test_peak_memory_falls_with_the_chunk():
     ids = torch.randint(5, 300, (32, 400))
 
     def train(micro_batch):
-        logp, _ = virft.CompletionLogps(model, micro_batch)(inputs, ids, len(ids), 1.0, torch.tensor([], dtype=torch.long))
-        logp.mean().backward()
+        chunks, nothing = torch.arange(32).split(micro_batch), torch.tensor([], dtype=torch.long)
+        virft.backward(model, inputs, ids, chunks, lambda rows, logp, _: logp.mean(), temperature=1.0, forbidden=nothing)
 
     train(32)  # the gradients stay
-    at_once, in_chunks = peak_bytes(lambda: train(0)), peak_bytes(lambda: train(4))
+    at_once, in_chunks = peak_bytes(lambda: train(32)), peak_bytes(lambda: train(4))
     print(f"peak: {at_once / 2**20:.0f} MB at once, {in_chunks / 2**20:.0f} MB in chunks of 4")
     assert in_chunks < 0.25 * at_once  # an eighth, and what the prompt takes
 
@@ -167,8 +165,7 @@ def kept_bytes(model, inputs: dict, ids: torch.Tensor) -> int:
         return tensor
 
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        nothing = torch.tensor([], dtype=torch.long)
-        logps, _ = virft.CompletionLogps(model)(inputs, ids, len(ids), 1.0, nothing)
+        logps, _ = families.scored(model, inputs, ids)
     for p in model.parameters():
         kept.pop(p.untyped_storage().data_ptr(), None)
     assert logps.requires_grad
@@ -196,11 +193,6 @@ def test_the_memory_formula_counts_what_autograd_keeps(what):
         TEXT_H * text.hidden_size + TEXT_F * text.intermediate_size if what == "text" else VISION_D * vision.embed_dim
     )
     assert (growth[1] - growth[0]) / 2 == pytest.approx(formula, rel=0.05)
-
-
-def test_the_readme_has_the_memory_table(capsys):
-    memory.main()
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("shard", [False, True])

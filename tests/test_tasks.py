@@ -1,24 +1,40 @@
-"""Every task: its reader on its layout, its prompt, its score on perfect answers, and two steps of training with it."""
+"""Test every task: its reader, its prompt, its score on perfect answers, and two steps of training."""
 
+import ast
 import json
 import pickle
 import re
+import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, SHARED, shared
 from PIL import Image
 
 import data
 import evaluate
+import mia_dpo
 import rewards
 import virft
-from conftest import ROOT, SHARED, shared
 from data import TASKS, Choice, DataError, Fit
 from demo import shapes
 
 FIT = Fit(28, 3136, 401408)
+
+
+EXTRAS = {  # what the error names: (a call that needs an optional reader, its module in extras/readers)
+    "--task lvis": (TASKS["lvis"].read, "lvis"),
+    **{f"--task {name}": (TASKS[name].read, "classes") for name in ("flowers", "pets", "aircraft", "cars")},
+    "--task lisa": (TASKS["lisa"].read, "reasonseg"),
+    "--task captions": (mia_dpo.CAPTIONS.read, "captions"),
+    "--data owner/name": (partial(data.read_rows, TASKS["coco"]), "tables"),
+    "--shots, --negatives or --eval_categories": (data.read_coco, "choose"),
+}
 
 
 def read(task: str, root, split: str = "train", **flags):
@@ -44,7 +60,7 @@ LVIS_NAMES = {1: "horse_buggy", 2: "die", 3: "monitor_(computer_equipment) compu
 
 
 def lvis_table(version: str, folder: str) -> dict:
-    """Image 1 shows a horse buggy and a monitor (not exhaustively), image 2 two dice."""
+    """Return a table: image 1 shows a horse buggy and a monitor (not exhaustively), image 2 two dice."""
     images = [
         {"id": 1, "width": 60, "height": 40, "coco_url": f"http://images.cocodataset.org/{folder}/000000000001.jpg",
          "neg_category_ids": [2, 4], "not_exhaustive_category_ids": [3]},
@@ -69,7 +85,7 @@ def write_lvis(root: Path, version: str = "v1", images: str = ".") -> None:
 
 
 def write_labels(root: Path) -> None:
-    """labels.csv, as for Flowers-102 after its conversion."""
+    """Write labels.csv, as for Flowers-102 after its conversion."""
     lines = ["file,class_name,split"]
     for split in ("train", "test"):
         for i, name in enumerate(["tiger lily", "fire_lily"] * 2):
@@ -97,7 +113,7 @@ def write_aircraft(root: Path) -> None:
 
 
 def write_folders(root: Path) -> None:
-    """Class folders, with test/ and without val/."""
+    """Write class folders, with test/ and without val/."""
     for split in ("train", "test"):
         for name in ("Audi A5 Coupe 2012", "BMW_X3_SUV_2012"):
             for i in range(2):
@@ -126,14 +142,14 @@ def write_rows(root: Path) -> None:
 
 
 LAYOUTS = {
-    "coco": write_coco, "lvis": write_lvis, "flowers": write_labels, "pets": write_pets, "aircraft": write_aircraft, "cars": write_folders,
-    "lisa": write_lisa, "rows": write_rows,
+    "coco": write_coco, "lvis": write_lvis, "flowers": write_labels, "pets": write_pets, "aircraft": write_aircraft,
+    "cars": write_folders, "lisa": write_lisa, "rows": write_rows,
 }  # fmt: skip
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """dataset(task) -> what --data would be: the task's own layout, or for `rows` a file."""
+    """Return make(task): write the task's own layout, or a file for `rows`, and return the value of --data."""
 
     def make(task: str) -> str:
         root = tmp_path / task
@@ -169,7 +185,7 @@ def test_lvis(tmp_path, version, images):
 
 
 def test_lvis_negatives_are_the_verified_ones(tmp_path):
-    """Image 1 may be asked for dice and sugar bowls, image 2 for horse buggies, never for the monitor: it may be there."""
+    """Check that negatives are verified: dice and sugar bowls in image 1, horse buggies in 2, never the monitor."""
     write_lvis(tmp_path)
     found = Counter()
     for seed in range(20):
@@ -181,7 +197,7 @@ def test_lvis_negatives_are_the_verified_ones(tmp_path):
 @shared("lvis_val_100")
 @pytest.mark.parametrize("split, count", [("lvis_fewshot6", 6), ("lvis_rare13", 13)])
 def test_lvis_splits_by_name(split, count):
-    """Against the 1,230 names of the real file; underscores and spaces both name a category."""
+    """Compare with the 1,230 names of the real file; underscores and spaces are equivalent."""
     table = json.loads((SHARED / "lvis_val_100" / "lvis_val_100.json").read_text())
     known = [data.plain_name(c["name"]) for c in table["categories"]]
     wanted = data.wanted_categories("lvis", known, split)
@@ -197,7 +213,7 @@ def test_real_lvis(real_lvis, tmp_path):
     verified = {image["id"]: image["neg_category_ids"] for image in real_lvis["images"]}
     absent = [e for e in examples if not e.solution]
     assert absent and all(e.category_id in verified[e.image_id] for e in absent)
-    # 977 boxes in their image, up to the rounding of COCO's annotators
+    # all 977 boxes are inside their image after clipping
     assert all(
         0 <= x1 < x2 <= e.size[0] and 0 <= y1 < y2 <= e.size[1] for e in examples for x1, y1, x2, y2 in e.solution
     )
@@ -226,7 +242,7 @@ def test_lvis_errors(tmp_path):
 
 
 def test_eval_categories(tmp_path):
-    """gt asks for what an image shows, all for every category of every image, listed for those of --categories."""
+    """Check gt (what an image shows), all (every category of every image) and listed (those of --categories)."""
     write_lvis(tmp_path)
 
     def asked(**flags):
@@ -267,7 +283,7 @@ def test_images_without_any_object_are_asked_too(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Classes.
 
-READ = {  # task: classes of the small dataset, of which each split has as many images
+READ = {  # task: (classes of the small dataset, images per split)
     "flowers": ({"tiger lily", "fire lily"}, 4),
     "pets": ({"Abyssinian", "american bulldog"}, 4),
     "aircraft": ({"707-320", "Boeing 717", "F/A-18"}, 6),
@@ -401,7 +417,7 @@ def reasonseg(tmp_path, encoding="utf-8", **change) -> Path:
 
 
 def test_lisa_polygons(tmp_path):
-    """All target polygons count, also where they leave the image; the published files have two encodings."""
+    """Check that all target polygons count, also outside the image, and that both encodings are read."""
     two = [{"label": "Target", "points": [[-5, 5], [30, 8]]}, {"label": "target", "points": [[40, 30], [50, 45]]}]
     (example,), _ = read("lisa", reasonseg(tmp_path, shapes=two))
     assert example.solution == (0, 5, 50, 40)
@@ -446,7 +462,7 @@ def test_lisa_files(tmp_path):
 
 
 def evaluated(task: data.Task, examples, coordinates: str, digits: int | None):
-    """Overall scores and the examples' coordinate sizes, with ground truth in the place of the model's answers."""
+    """Return the scores, overall and by category, of ground truth written as answers."""
     records = []
     for e in examples:
         _, target = task.question(e, FIT.size(*(e.size or (1, 1))), coordinates, True)
@@ -460,14 +476,14 @@ def evaluated(task: data.Task, examples, coordinates: str, digits: int | None):
 
 
 def bounds(e, coordinates: str) -> list[float]:
-    """What rounding can cost at most: the least IoU of each box with one whose edges are up to half a unit off."""
+    """Return the least IoU of each box with a rounded copy, whose edges are off by at most half a unit."""
     target = data.model_size(coordinates, FIT.size(*e.size))
     sides = [(x2 - x1, y2 - y1) for x1, y1, x2, y2 in data.boxes_in(data.model_solution(e, target))]
     return [max(0.0, w - 1) * max(0.0, h - 1) / ((w + 1) * (h + 1)) for w, h in sides]
 
 
 def least_ap(examples, coordinates: str) -> float:
-    """AP if all boxes that rounding can push below a threshold were errors, ranked above all others."""
+    """Return the AP if all boxes that rounding can push below a threshold were errors, ranked above all others."""
     total, names = 0.0, {e.category for e in examples}
     for name in names:
         ious = [iou for e in examples if e.category == name for iou in bounds(e, coordinates)]
@@ -477,7 +493,10 @@ def least_ap(examples, coordinates: str) -> float:
     return total / len(names)
 
 
-REAL = [pytest.param("coco", "coco_mini", marks=shared("coco_mini")), pytest.param("flowers", "flowers102_mini", marks=shared("flowers102_mini"))]  # fmt: skip
+REAL = [
+    pytest.param("coco", "coco_mini", marks=shared("coco_mini")),
+    pytest.param("flowers", "flowers102_mini", marks=shared("flowers102_mini")),
+]
 
 
 @pytest.mark.parametrize("coordinates", ["relative", "pixels"])
@@ -511,7 +530,7 @@ def test_ground_truth_as_answers_scores_one(dataset, name, real, coordinates):
 
 
 def test_rows_with_boxes_score_one_in_both_declarations(tmp_path):
-    """The same boxes in pixels and in 0..1000, for models of both conventions; only the undeclared are refused."""
+    """Score the same boxes in pixels and in 0..1000, for models of both conventions."""
     picture(tmp_path / "a.png", (640, 427))
     box = (64.0, 42.7, 320.0, 213.5)
     for coords, solution in (("pixels", box), (1000, (100, 100, 500, 500))):
@@ -531,7 +550,7 @@ def test_rows_with_boxes_score_one_in_both_declarations(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# A reward and rows of one's own.
+# Rewards and rows of the user.
 
 MY_REWARDS = """\
 import re
@@ -545,21 +564,25 @@ def closeness(completion: str, solution: str) -> float:
 """
 MY_ROWS = """\
 {"image": "a.png", "problem": "How many? Write <think> ... </think><answer>number</answer>", "solution": "3"}
-{"images": ["a.png", "b.png"], "problem": "How many more? Write <think> ... </think><answer>number</answer>", "solution": "2"}
+{"images": ["a.png", "b.png"], "problem": "How many more? Write <think> ... </think><answer>number</answer>", \
+"solution": "2"}
 """
 MY_COMMAND = "--task rows --data rows.jsonl --rewards my_rewards.py:closeness format=0.5"
 
 
 @pytest.fixture
 def signals():
-    """Training takes over Ctrl-C; give it back to the tests."""
+    """Restore the signal handlers that training replaces."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
 
 
-SMALL = "--max_completion_tokens 12 --group_size 2 --prompts_per_step 2 --steps 2 --workers 0 --beta 0 --lr 0.001 --picture_every 2"
+SMALL = (
+    "--max_completion_tokens 12 --group_size 2 --prompts_per_step 2 --steps 2 --workers 0 --beta 0 --lr 0.001 "
+    "--picture_every 2"
+)
 
 
 def run_main(command: str, model: Path, out: Path) -> list[dict]:
@@ -568,7 +591,7 @@ def run_main(command: str, model: Path, out: Path) -> list[dict]:
 
 
 def test_my_reward_on_my_rows(llava_dir, tmp_path, monkeypatch, signals):
-    """Word for word what the README shows."""
+    """Run the reward, the rows and the command that the README shows, word for word."""
     readme = (ROOT / "README.md").read_text()
     assert all(text in readme for text in (MY_REWARDS, MY_ROWS, MY_COMMAND))
     (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
@@ -594,7 +617,7 @@ def test_reward_is_short_for_rewards():
 
 BAD_REWARDS = {  # what is wrong: (entry, what the error must say)
     "no file": ("none.py:f", "none.py:f: no file none.py"),
-    "no function": ("mine.py:nothing", r"mine\.py has no function nothing; expected def nothing\(completion: str, solution\)"),
+    "no function": ("mine.py:nothing", r"mine\.py has no function nothing; expected def nothing\(completion: str, sol"),
     "no function but a name": ("mine.py:NUMBER", r"mine\.py has no function NUMBER"),
     "one argument": ("mine.py:one", r"mine\.py: one\(completion\) cannot be called as one\(completion, solution\)"),
     "three arguments": ("mine.py:three", r"mine\.py: three\(completion, solution, image\) cannot be called"),
@@ -652,14 +675,77 @@ def test_tasks_can_be_handed_to_spawned_workers():
 
 
 # ------------------------------------------------------------------------------------------------
+# Optional readers.
+
+
+def imported(file: Path, top_level: bool = False) -> set[str]:
+    """Return the modules of this project that a file imports; top_level: without imports inside functions."""
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"extras", "demo", "bench", "tests"}
+    return {name.partition(".")[0] for name in names} & ours
+
+
+def test_imports_point_one_way():
+    assert imported(ROOT / "rewards.py") == set()
+    assert imported(ROOT / "data.py", top_level=True) == imported(ROOT / "data.py") == {"rewards"}
+    readers = [*(ROOT / "extras" / "readers").glob("*.py")]
+    assert {file.stem for file in readers} == {module for _, module in EXTRAS.values()} | {"__init__"}
+    for file in readers:
+        assert imported(file) <= {"data", "rewards", "extras"}, file.name
+
+
+@pytest.mark.parametrize("needed_by", EXTRAS)
+def test_a_missing_reader_is_named(tmp_path, monkeypatch, needed_by):
+    read_it, module = EXTRAS[needed_by]
+    write_coco(tmp_path)
+    monkeypatch.setitem(sys.modules, f"extras.readers.{module}", None)  # makes its import fail
+    message = f"{needed_by} needs extras/readers/{module}.py, which is not beside data.py"
+    source, shots = "owner/name" if module == "tables" else str(tmp_path), 1 if module == "choose" else None
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read_it(source, "train", Choice(shots=shots))
+
+
+def test_a_missing_package_of_a_reader_is_no_data_error(monkeypatch):
+    monkeypatch.delitem(sys.modules, "extras.readers.tables", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="datasets"):
+        data.load_examples(TASKS["coco"], "owner/name", "train")
+
+
+def test_data_works_without_extras(tmp_path):
+    """Copy data.py and rewards.py alone: COCO and JSON rows are read, other readers are refused by name."""
+    for name in ("data.py", "rewards.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    write_coco(tmp_path)
+    write_rows(tmp_path)
+    script = """
+import data
+print(len(data.load_examples(data.TASKS["coco"], ".", "train")[0]) > 0)
+print(len(data.load_examples(data.TASKS["rows"], "rows.jsonl", "train")[0]))
+try:
+    data.load_examples(data.TASKS["lvis"], ".", "train")
+except data.DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    missing = "--task lvis needs extras/readers/lvis.py, which is not beside data.py"
+    assert done.stdout.splitlines() == ["True", "2", missing], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------
 # Whole runs.
 
 
-README_COMMANDS = dict(re.findall(r"^\| `(\w+)` \|.*\| `(--task [^`]*)` \|", (ROOT / "README.md").read_text(), re.M))
+README_COMMANDS = dict(
+    re.findall(r"^\| `(\w+)` \|.*\| `(--task [^`]*)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+)
 
 
 def name_as(root: Path, split: str) -> None:
-    """Give the first categories of every annotation file the names of a split, and add those it has too few of."""
+    """Rename the first categories of every annotation file to the names of a split, adding categories if needed."""
     for file in (root / "annotations").glob("*.json"):
         table = json.loads(file.read_text())
         for i, name in enumerate(data.CATEGORY_SPLITS[split].split(", ")):
@@ -671,7 +757,7 @@ def name_as(root: Path, split: str) -> None:
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "rows"])
 def test_every_task_trains_and_evaluates(task, dataset, llava_dir, tmp_path, signals):
-    """The command of the README's table as it stands there, two steps, then its evaluation; rows: on my rows, above."""
+    """Run the commands of the README's table, two steps and an evaluation each; `rows` has its own test above."""
     assert README_COMMANDS.keys() == TASKS.keys() and README_COMMANDS["rows"] == MY_COMMAND
     source, out = dataset(task), tmp_path / "run"
     command = README_COMMANDS[task].replace("DIR", source)
@@ -694,8 +780,11 @@ def test_every_task_trains_and_evaluates(task, dataset, llava_dir, tmp_path, sig
 
 @shared("coco_mini")
 def test_an_interrupted_evaluation_goes_on(llava_dir, tmp_path, monkeypatch, capsys):
-    """Stopped after two of four batches, with half a line written: the same command finishes it, and asks nothing twice."""
-    command = f"--task coco --data {SHARED / 'coco_mini'} --model {llava_dir} --eval_only true --eval_limit 12 --eval_batch 3 --max_completion_tokens 8 --workers 0"
+    """Stop after two of four batches, with half a line written: the same command finishes it and asks nothing twice."""
+    command = (
+        f"--task coco --data {SHARED / 'coco_mini'} --model {llava_dir} --eval_only true --eval_limit 12 "
+        "--eval_batch 3 --max_completion_tokens 8 --workers 0"
+    )
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     virft.main([*command.split(), "--out", str(whole)])
     calls, answer = [], virft.answer
@@ -723,7 +812,7 @@ def test_an_interrupted_evaluation_goes_on(llava_dir, tmp_path, monkeypatch, cap
 
 
 def test_ask_of_every_kind(llava_dir, tmp_path, capsys):
-    """Detection needs to be told what to look for, grounding one instruction, commas and all; a class question nothing."""
+    """Check what --ask needs: category names (detection), one instruction (grounding), nothing (classes)."""
     path, model = picture(tmp_path / "a.png"), str(llava_dir)
     common = ["--ask", str(path), "--model", model, "--out", str(tmp_path), "--max_completion_tokens", "4"]
     for task in ("coco", "lisa", "rows"):

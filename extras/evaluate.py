@@ -1,25 +1,28 @@
-"""From answers to a score, with no model in it: AP, accuracy or IoU by task, means of rewards, pictures, curves.
+"""Evaluate a model: greedy answers to all examples of a split, and AP, accuracy or IoU by task (--eval_only, --eval_every).
 
-Answers are parsed by the rewards' own parser and compared in original pixels, the frame of the annotations. What a
-score means depends on what was asked (`protocol_of`), and it is printed beside it, as is the share of answers that parsed:
-the others count as wrong.
-
-An evaluation writes every answer as soon as it has it, so that an interrupted one goes on where it stopped: `unfinished`
-and `recover`.
+Answers are parsed by the rewards' own parser and compared in original pixels, the frame of the annotations. What a score
+means depends on what was asked (`protocol_of`), which is printed with it, and so is the share of answers that parsed: the
+others count as wrong. Every answer is written at once, so that an interrupted evaluation continues where it stopped:
+`unfinished` and `recover`.
 """
 
 import contextlib
 import io
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from data import DataError, Example, Fit, Prompt, Task, boxes_in, class_of, map_boxes, model_size, open_image, to_pixels
+from data import DataError, Example, Prompt, Task, answer_shares, append_rows, map_boxes, open_image, to_pixels, whole
+from extras.report import draw_record
 from rewards import Box, accuracy_reward, box_iou, published_accuracy
 
 # ------------------------------------------------------------------------------------------------
@@ -47,18 +50,6 @@ def record(task: Task, example: Example, target: tuple[int, int], text: str, rew
         "completion": text,
         METRICS[task.metric].key: answer,
         "rewards": rewards,
-    }
-
-
-def answer_shares(texts: Sequence[str], parse: Callable) -> dict[str, float]:
-    """Shares of answers that parse, that say `No Objects`, and whose think block holds no word: signs of collapse."""
-    parsed = [parse(text) for text in texts]
-    thoughts = [text.partition("<think>")[2].partition("</think>")[0] for text in texts]
-    n = max(1, len(texts))
-    return {
-        "parsed": sum(p is not None for p in parsed) / n,
-        "no_objects": sum(p == [] for p in parsed) / n,
-        "empty_think": sum(not any(c.isalnum() for c in thought) for thought in thoughts) / n,
     }
 
 
@@ -177,13 +168,11 @@ class Metric:
     key     what the parsed answer is called in predictions.jsonl
     score   records -> (overall, by category)
     means   what the numbers are, for the protocol line
-    drawn   parsed answer -> [(box, label), ...] in original pixels
     """
 
     key: str
     score: Callable[[Sequence[dict]], tuple[Scores, dict[str, Scores]]]
     means: str
-    drawn: Callable[[object], list[tuple[Box, str]]] = lambda answer: []
 
 
 METRICS = {
@@ -191,7 +180,6 @@ METRICS = {
         "detections",
         detection_scores,
         "COCO's AP (pycocotools) in original pixels over the (image, category) pairs asked",
-        lambda detections: [(box, f"{confidence:.2f}") for box, confidence in detections],
     ),
     "classification": Metric(
         "name",
@@ -199,7 +187,7 @@ METRICS = {
         "accuracy: the class name or a declared alias; published_accuracy: the paper's substring rule, either way round, "
         "which also pays the empty answer",
     ),
-    "grounding": Metric("box", grounding_scores, "IoU of one box in original pixels", lambda box: [(box, "")]),
+    "grounding": Metric("box", grounding_scores, "IoU of one box in original pixels"),
     "rewards": Metric("answer", no_scores, "means of the rewards"),
 }
 
@@ -248,74 +236,7 @@ def report(overall: Scores, each: dict[str, Scores], count: int, protocol: str, 
 
 
 # ------------------------------------------------------------------------------------------------
-# A first look, before anything is trained: --check.
-
-
-def box_fit(prompts: Sequence[Prompt], texts: Sequence[str], task: Task, fit: Fit, coordinates: str) -> float:
-    """How well the boxes of the answers lie if they are meant in these coordinates, in [0, 1].
-
-    The mean over all true boxes of their best IoU with any answered box: no threshold, no matching. G answers per
-    prompt, in order; an answer without boxes counts 0.
-    """
-    ious, G = [], len(texts) // len(prompts)
-    for i, text in enumerate(texts):
-        example = prompts[i // G].example
-        target = model_size(coordinates, fit.size(*example.size))
-        found = [to_pixels(box, example.size, target) for box in boxes_in(task.parse(text) or [])]
-        ious += [max((box_iou(box, true) for box in found), default=0.0) for true in boxes_in(example.solution)]
-    return float(np.mean(ious)) if ious else 0.0
-
-
-def doubts(facts: dict[str, float], in_force: str) -> list[str]:
-    """What looks wrong in the facts of a check, each with what to do about it; an empty list if nothing does.
-
-    facts: parsed, truncated, empty_think (where thoughts are asked for), no_objects, true_no_objects, zero_variance_groups in
-    [0, 1], and for tasks with boxes "iou as relative" and "iou as pixels" (box_fit); in_force: which of the two the prompts state.
-    """
-    found = []
-    if facts["parsed"] < 0.5:
-        found.append("most answers do not parse: compare the answers below with the form that the prompt asks for")
-    if facts["truncated"] > 0.2:
-        found.append(
-            "many answers are cut off: raise --max_completion_tokens, or leave out crowded images by --max_boxes"
-        )
-    if (here := facts.get(f"iou as {in_force}")) is not None:
-        other = {"relative": "pixels", "pixels": "relative"}[in_force]
-        if facts[f"iou as {other}"] > here + 0.1:
-            found.append(f"the boxes fit better as {other} than as {in_force}: try --coordinates {other}")
-        elif max(here, facts[f"iou as {other}"]) < 0.1:
-            found.append("the boxes fit in neither convention: look at the picture; an IoU reward will stay near 0")
-    if facts["no_objects"] > facts["true_no_objects"] + 0.3:
-        found.append("No Objects is said far more often than it is true: training can collapse into it")
-    if facts["zero_variance_groups"] > 0.7:
-        found.append(
-            "most groups have equal rewards, and teach nothing: raise --group_size, or take harder or easier data"
-        )
-    if facts.get("empty_think", 0) > 0.9:
-        found.append("thoughts are empty: --think false costs less and may score as well")
-    return found
-
-
-# ------------------------------------------------------------------------------------------------
 # Files.
-
-
-def append_rows(file: Path, rows: Sequence[dict]) -> None:
-    """Add JSON lines, one write, so that an interruption leaves at most one unfinished line at the end."""
-    with file.open("a", encoding="utf-8") as out:
-        out.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def drop_rows_after(file: Path, step: int) -> None:
-    """Keep the JSON lines up to a step; a last line that an interruption cut off goes too."""
-    if not file.exists():
-        return
-    aside = file.with_suffix(".unfinished")
-    with file.open(encoding="utf-8") as rows, aside.open("w", encoding="utf-8") as kept:
-        for line in rows:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.write(line)
-    aside.replace(file)
 
 
 def read_predictions(file: Path) -> list[dict]:
@@ -332,18 +253,7 @@ def own_predictions(out: Path, process: int) -> Path:
     return out / f"predictions.{process}.jsonl"
 
 
-INDIFFERENT = ("overwrite", "workers", "eval_batch", "report_to")  # settings that change no answer
-
-
-def is_run_or_new(out: Path) -> bool:
-    """Whether `out` holds no config.json, or that of a run: model folders have one too, and must not be replaced by a run."""
-    try:
-        settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return True
-    except (NotADirectoryError, ValueError):
-        return False
-    return isinstance(settings, dict) and "out" in settings
+INDIFFERENT = ("workers", "prompts_per_step", "report_to")  # settings that change no answer
 
 
 def unfinished(out: Path, settings: dict) -> bool:
@@ -407,7 +317,9 @@ def write_evaluation(
         (out / "detections.json").write_text(json.dumps(coco_results(records)) + "\n")
     for index in np.linspace(0, len(records) - 1, min(pictures, len(records)), dtype=int):
         row = records[index]["row"]
-        draw_record(task, open_image(examples[row].images[0]), records[index], out / "pictures" / f"{row:06d}.png")
+        r, image = records[index], open_image(examples[row].images[0])
+        path = out / "pictures" / f"{row:06d}.png"
+        draw_record(task, image, r["category"], r["solution"], r[METRICS[task.metric].key], path)
     summary = {"protocol": protocol, "answers": len(records), **overall, "categories": each}
     aside = out / "scores.json.unfinished"  # scores.json says that the evaluation is finished
     aside.write_text(json.dumps(summary, indent=2) + "\n")
@@ -415,75 +327,46 @@ def write_evaluation(
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures and curves.
+# The evaluation.
 
 
-def draw_record(task: Task, image: Image.Image, r: dict, path: Path, least_side: int = 448) -> None:
-    """Save the picture with true boxes (black) and answered boxes (magenta, labeled) on it, and the names above it."""
-    metric = METRICS[task.metric]
-    answer = r[metric.key]
-    scale = max(1, round(least_side / min(image.size)))
-    canvas = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for box in boxes_in(r["solution"]) if task.boxes else []:
-        corners = [value * scale for value in box]
-        draw.rectangle(corners, outline="black", width=5)
-        draw.rectangle(corners, outline="white", width=2)
-    for box, label in [] if answer is None else metric.drawn(answer):
-        # An answer may name any number; what lies far outside is drawn at the edge.
-        x1, y1, x2, y2 = (min(max(value, 0.0), limit) * scale for value, limit in zip(box, image.size * 2))
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline="magenta", width=3)
-        draw.text((x1 + 5, y1 + 3), label, "magenta", font, stroke_width=1, stroke_fill="white")
-    said = " - not parsed" if answer is None else " - No Objects" if answer == [] else f" - {class_of(answer) or ''}"
-    framed = Image.new("RGB", (canvas.width, canvas.height + 24), "white")
-    framed.paste(canvas, (0, 24))
-    ImageDraw.Draw(framed).text((4, 2), f"{r['category']}{said}".rstrip(" -"), "black", font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    framed.save(path)
+def evaluate(
+    run: Any, answer: Callable[[Any, list[Prompt]], list[str]], examples: Sequence[Example], out: Path
+) -> dict[str, float]:
+    """Answer all examples, shared out over the processes; write scores, predictions and pictures to `out`.
 
-
-def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
-    """draw_record for an answer as it came from the model, on the original picture."""
-    r = record(task, prompt.example, prompt.target, text, {})
-    draw_record(task, open_image(prompt.example.images[0]), r, path)
-
-
-WINDOW = 20  # steps over which curves are smoothed
-
-
-def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Means of WINDOW values, or of all where there are fewer; the first belongs to the last of its values."""
-    width = min(WINDOW, len(values))
-    return np.convolve(values, np.ones(width) / width, "valid")
-
-
-def plot_curves(runs: Sequence[Path], path: Path) -> None:
-    """curves.png from the metrics.jsonl of one run, or of several that differ in their seed: a line each, smoothed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    runs = [[json.loads(line) for line in run.read_text(encoding="utf-8").splitlines()] for run in runs]
-    panels = [[n for n in runs[0][0] if n == "reward" or n.startswith("reward_") and n != "reward_std"]]
-    panels += [
-        ["reward_std", "zero_variance_groups", "parsed", "no_objects"],
-        ["completion_tokens"],
-        ["kl", "clip_fraction", "grad_norm"],
-    ]
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    for axis, names in zip(axes.flat, panels):
-        for color, name in enumerate(names):
-            label = name
-            for rows in runs:
-                steps = [row["step"] for row in rows if name in row]
-                if steps:
-                    means = smoothed([row[name] for row in rows if name in row])
-                    axis.plot(steps[-len(means) :], means, color=f"C{color}", label=label, linewidth=1.3)
-                    label = None  # once, however many runs there are
-        axis.set_xlabel(f"step (mean of {WINDOW})")
-        if axis.lines:
-            axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    With --eval_only, answers that an interruption left in `out` are kept.
+    """
+    cfg, accelerator, task = run.cfg, run.accelerator, run.prompts.task
+    kept = []
+    if run.main:
+        if not cfg.eval_only:
+            shutil.rmtree(out, ignore_errors=True)  # of the same step, from before the run was resumed: other weights
+        kept = recover(out, examples)
+    (kept,) = broadcast_object_list([kept])
+    out.mkdir(parents=True, exist_ok=True)
+    if kept:
+        run.say(f"continuing with {len(kept)} of {len(examples)} answers from {out}")
+    left = sorted(set(range(len(examples))) - {record["row"] for record in kept})
+    mine, size = left[accelerator.process_index :: accelerator.num_processes], cfg.prompts_per_step
+    batches = [[(i, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
+    loader = DataLoader(run.prompts.of(examples), batch_sampler=batches, collate_fn=list, num_workers=cfg.workers)
+    records, bar = [], tqdm(loader, desc="evaluate", disable=not run.main, dynamic_ncols=True)
+    for prompts in bar:
+        if cfg.skip_bad_images:
+            prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
+        batch = []
+        for prompt, text in zip(prompts, answer(run, whole(prompts)) if prompts else []):
+            parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
+            batch.append({"row": prompt.slot} | record(task, prompt.example, prompt.target, text, parts))
+        append_rows(own_predictions(out, accelerator.process_index), batch)
+        records += batch
+    records = sorted([*kept, *gather_object(records)], key=lambda record: record["row"])
+    overall, each = scores(records, task)
+    protocol = protocol_of(task, cfg.eval_categories)
+    if run.main:
+        write_evaluation(out, task, protocol, records, overall, each, examples)
+    if len(records) < len(examples):
+        run.say(f"{len(examples) - len(records)} examples were skipped: their images do not open")
+    run.say(f"{report(overall, each, len(records), protocol)}\npredictions, results and pictures in {out}")
+    return overall

@@ -1,0 +1,220 @@
+"""Look before training: what a run is about to do, a first sample of answers (--check), questions about a picture (--ask)."""
+
+import random
+import re
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import data
+from data import Example, Fit, Prompt, Task, boxes_in, model_size, open_image, to_pixels
+from extras.report import draw_answer
+from rewards import box_iou
+
+CHECKED = 16  # examples that --check looks at
+PROMPT_LINES = 12  # of the first prompt that the start of a run prints
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run is about to do.
+
+
+def describe(run: Any, per_prompt: int, what: str) -> None:
+    """Print what a person should check before the first step, in at most 25 lines, and write all of it to OUT/setup.txt.
+
+    per_prompt, what: completions of a prompt and what they are called.
+    """
+    cfg, default, (first,) = run.cfg, type(run.cfg)(), data.whole([run.prompts[0, 0]])
+    settings = asdict(cfg)
+    changed = [f"--{name} {value}" for name, value in settings.items() if value != getattr(default, name)]
+    lines = [f"settings other than the defaults: {' '.join(changed)}"]
+    if run.optimizer:
+        lines += [describe_steps(run, per_prompt, what), *answers_too_long(run, first)]
+    if run.prompts.task.boxes:
+        convention = first.example.coordinates or run.prompts.coordinates
+        lines.append(f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({convention})")
+    prompt = describe_prompt(run, first).splitlines()
+    more = [f"... {len(prompt) - PROMPT_LINES} lines more in setup.txt"] if len(prompt) > PROMPT_LINES else []
+    run.say("\n".join([*lines, *prompt[:PROMPT_LINES], *more]))
+    if run.main:
+        everything = [f"  {name} = {value!r}" for name, value in settings.items()]
+        (Path(cfg.out) / "setup.txt").write_text("\n".join([*everything, *lines, *prompt]) + "\n")
+
+
+def describe_steps(run: Any, per_prompt: int, what: str) -> str:
+    """Say how many parameters are trained, and how the prompts of a step are divided among processes and passes."""
+    cfg, n, examples = run.cfg, run.accelerator.num_processes, len(run.prompts.examples)
+    each, at_once = cfg.prompts_per_step // n, max(1, cfg.micro_batch // per_prompt)
+    assert each * n == cfg.prompts_per_step
+    trained, every = (
+        sum(p.numel() for p in run.model.parameters() if p.requires_grad or not asked) for asked in (True, False)
+    )
+    chunk = f"in chunks of {cfg.micro_batch} {what}" if 0 < cfg.micro_batch < per_prompt else f"{at_once} encoded at once"
+    return (
+        f"{trained:,} of {every:,} parameters are trained\n"
+        f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, {chunk}; x {per_prompt} {what} = "
+        f"{cfg.prompts_per_step * per_prompt} a step; {cfg.steps} steps are "
+        f"{cfg.steps * cfg.prompts_per_step / examples:.2f} epochs of {examples} examples"
+    )
+
+
+def answers_too_long(run: Any, first: Prompt) -> list[str]:
+    """Say how many examples have an answer that does not fit in --max_completion_tokens."""
+    limit, task, tokenizer = run.cfg.max_completion_tokens, run.prompts.task, run.prompts.processor.tokenizer
+    if not run.rewards:  # answers of preference pairs are given, not sampled
+        return []
+    answers = [data.model_answer(task, e, first.target, run.cfg.think) for e in run.prompts.examples[:2000]]
+    lengths = [len(tokenizer(answer)["input_ids"]) for answer in answers]
+    if not (too_long := sum(length >= limit for length in lengths)):
+        return []
+    remedy = "raise it, or leave them out by --max_boxes" if task.boxes else "raise it"
+    return [
+        f"{too_long} of {len(lengths)} examples have an answer that does not fit in --max_completion_tokens {limit} "
+        f"(the longest: {max(lengths)} tokens): {remedy}"
+    ]
+
+
+def describe_prompt(run: Any, first: Prompt) -> str:
+    """Return a prompt as the model reads it, with runs of image tokens counted."""
+    tokenizer, ids = run.prompts.processor.tokenizer, first.inputs["input_ids"][0]
+    shown = tokenizer.decode(ids)
+    for token in run.distribution["forbidden"].tolist():
+        name, count = tokenizer.decode([token]), int((ids == token).sum())
+        shown = shown.replace(name * count, f"{name} x {count} ") if count > 1 else shown
+    return f"first prompt, {len(ids)} tokens:\n{shown}"
+
+
+# ------------------------------------------------------------------------------------------------
+# --check.
+
+
+def box_fit(prompts: Sequence[Prompt], texts: Sequence[str], task: Task, fit: Fit, coordinates: str) -> float:
+    """Return how well the boxes of the answers fit if they are meant in these coordinates, in [0, 1].
+
+    The mean over all true boxes of their best IoU with any answered box: no threshold, no matching. G answers per
+    prompt, in order; an answer without boxes counts 0.
+    """
+    ious, G = [], len(texts) // len(prompts)
+    for i, text in enumerate(texts):
+        example = prompts[i // G].example
+        target = model_size(coordinates, fit.size(*example.size))
+        found = [to_pixels(box, example.size, target) for box in boxes_in(task.parse(text) or [])]
+        ious += [max((box_iou(box, true) for box in found), default=0.0) for true in boxes_in(example.solution)]
+    return float(np.mean(ious)) if ious else 0.0
+
+
+def doubts(facts: dict[str, float], in_force: str) -> list[str]:
+    """Return what looks wrong in the facts of a check, each with what to do about it.
+
+    facts: parsed, truncated, empty_think (where thoughts are asked for), no_objects, true_no_objects,
+    zero_variance_groups in [0, 1], and for tasks with boxes "iou as relative" and "iou as pixels" (box_fit); in_force:
+    which of the two the prompts state.
+    """
+    found = []
+    if facts["parsed"] < 0.5:
+        found.append("most answers do not parse: compare the answers below with the form that the prompt asks for")
+    if facts["truncated"] > 0.2:
+        found.append("many answers are cut off: raise --max_completion_tokens, or leave out crowded images by --max_boxes")
+    if (here := facts.get(f"iou as {in_force}")) is not None:
+        other = {"relative": "pixels", "pixels": "relative"}[in_force]
+        if facts[f"iou as {other}"] > here + 0.1:
+            found.append(f"the boxes fit better as {other} than as {in_force}: try --coordinates {other}")
+        elif max(here, facts[f"iou as {other}"]) < 0.1:
+            found.append("the boxes fit in neither convention: look at the picture; an IoU reward will stay near 0")
+    if facts["no_objects"] > facts["true_no_objects"] + 0.3:
+        found.append("No Objects is said far more often than it is true: training can collapse into it")
+    if facts["zero_variance_groups"] > 0.7:
+        found.append("most groups have equal rewards and teach nothing: raise --group_size, or take harder or easier data")
+    if facts.get("empty_think", 0) > 0.9:
+        found.append("thoughts are empty: --think false costs less and may score as well")
+    return found
+
+
+def check_facts(run: Any, chosen: list[Prompt], rollouts: list) -> dict[str, float]:
+    """Return what --check prints and `doubts` judges, over all answers to the chosen examples."""
+    prompts, task = run.prompts, run.prompts.task
+    texts, lengths = [text for ro in rollouts for text in ro.texts], torch.cat([ro.mask.sum(1) for ro in rollouts])
+    rewards = torch.cat([ro.rewards for ro in rollouts])
+    facts = data.answer_shares(texts, task.parse)
+    if not run.cfg.think:
+        del facts["empty_think"]
+    facts["truncated"] = float(torch.cat([ro.truncated for ro in rollouts]).float().mean())
+    facts["zero_variance_groups"] = float((rewards == rewards[:, :1]).all(1).float().mean())
+    facts["true_no_objects"] = sum(p.example.solution == () for p in chosen) / len(chosen)
+    if task.boxes:
+        for convention in data.CONVENTIONS:
+            facts[f"iou as {convention}"] = box_fit(chosen, texts, task, prompts.fit, convention)
+        facts["boxes per answer"] = sum(len(boxes_in(task.parse(text) or [])) for text in texts) / len(texts)
+        facts["true boxes"] = sum(len(boxes_in(p.example.solution)) for p in chosen) / len(chosen)
+    facts |= {f"reward {name}": float(torch.cat([ro.parts[name] for ro in rollouts]).mean()) for name in run.rewards}
+    facts |= {"tokens, mean": float(lengths.float().mean()), "tokens, most": float(lengths.max())}
+    return facts
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held: of the GPU where there is one, otherwise of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024  # the one unit that differs between systems
+
+
+def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
+    """Sample as training does, go through one backward pass, and print what a run would meet (--check).
+
+    rollout, micro_batches: those of virft.py.
+    """
+    cfg, prompts, task = run.cfg, run.prompts, run.prompts.task
+    order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))
+    chosen = data.whole([prompts[slot, index] for slot, index in enumerate(order)])
+    size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of loading, before shards were divided
+    rollouts = [rollout(run, chosen[at : at + size], 1) for at in range(0, len(chosen), size)]
+    first = rollouts[0]
+    run.backward(micro_batches(run, first)[0][0], lambda rows, logp, entropy: logp.sum())
+    run.optimizer.zero_grad(set_to_none=True)
+
+    facts = check_facts(run, chosen, rollouts)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    moments = 8 * sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in trained)
+    facts["peak memory, GB, with the optimizer's moments"] = (peak_memory(run.device) + moments) / 1e9
+    coordinates = chosen[0].example.coordinates or prompts.coordinates
+    picture = Path(cfg.out) / "check.png"
+    if run.main:
+        draw_answer(task, chosen[0], first.texts[0], picture)
+    found = doubts(facts, coordinates)
+    run.say(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
+    run.say("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
+    run.say("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in first.texts[: cfg.group_size]))
+    run.say("\n".join(f"LOOKS WRONG: {doubt}" for doubt in found) or "nothing looks wrong")
+    run.say(f"the first answer is drawn in {picture}; nothing was trained")
+
+
+# ------------------------------------------------------------------------------------------------
+# --ask.
+
+
+def questions(task: Task, picture: Path, asked: str | None) -> list[Example]:
+    """Return questions without ground truth about a picture of the user's: one per category, or one in all."""
+    size = open_image(picture).size
+    names = [name.strip() for name in asked.split(",")] if task.asks_for == "categories" else [asked or ""]
+    question = None if task.prompt else asked
+    return [Example(f"{picture}/{name}", (picture,), size, (), name, question=question) for name in names]
+
+
+def ask(run: Any, answer: Callable[[Any, list[Prompt]], list[str]]) -> None:
+    """Print the answers to --ask and draw their boxes."""
+    for example in run.prompts.examples:
+        prompt = run.prompts.encode(example)
+        (text,) = answer(run, [prompt])
+        asked = re.sub(r"\W+", "_", example.category)[:40]
+        path = Path(run.cfg.out) / f"{Path(run.cfg.ask).stem}_{asked}.png"
+        draw_answer(run.prompts.task, prompt, text, path)
+        run.say(f"{example.category}: {text}\n  drawn in {path}")

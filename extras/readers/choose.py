@@ -1,0 +1,92 @@
+"""Choose what is asked of a dataset: --shots, --negatives and --eval_categories, and which split is read."""
+
+import random
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+from data import Choice, DataError, refuse
+
+Pair = tuple[Any, str]  # (image id, category): one example
+
+
+def pick_split(where: object, split: str, there: Container[str], hint: str) -> str:
+    """Return the name that a split has among those in `there`; training never sees val or test."""
+    names = {"train": ("train",), "val": ("val", "validation", "test")}[split]
+    for name in names:
+        if name in there:
+            return name
+    raise DataError(f"{where}: no split {' or '.join(names)}. {hint}")
+
+
+def take_shots(where: object, images: dict[str, list], choice: Choice, notes: list[str]) -> dict[str, list]:
+    """Draw --shots images of each category from {category: images}.
+
+    The images drawn for a category do not depend on which other categories are asked for.
+    """
+    if not choice.shots:
+        return images
+    few = [f"{name} ({len(found)})" for name, found in images.items() if len(found) < choice.shots]
+    if few:
+        notes.append(f"{where}: fewer than {choice.shots} images for {', '.join(few)}")
+    return {
+        name: random.Random(f"{choice.seed}/{name}").sample(found, min(choice.shots, len(found)))
+        for name, found in images.items()
+    }
+
+
+def choose_pairs(
+    where: object,
+    images: Sequence,
+    shown: dict[str, list],
+    seen: Container[Pair],
+    known: Callable[[Any, str, bool], bool],
+    choice: Choice,
+    notes: list[str],
+) -> list[Pair]:
+    """Return the pairs to ask for, as --shots, --negatives and --eval_categories say.
+
+    images: ids of the images that can be used. shown: {category: the images with a box of it}. seen: pairs with a box
+    or a crowd. known: see data.detection_examples.
+    """
+    if choice.eval_categories != "gt":
+        return every_pair(images, list(shown), choice)
+
+    def absent(image_id) -> list[str]:
+        unseen = [name for name in shown if (image_id, name) not in seen]
+        return [name for name in unseen if known(image_id, name, False)]
+
+    pairs = [(image_id, name) for name, ids in take_shots(where, shown, choice, notes).items() for image_id in ids]
+    return pairs + negative_pairs(pairs, absent, choice, notes)
+
+
+def negative_pairs(
+    pairs: Sequence[Pair], absent: Callable[[Any], list[str]], choice: Choice, notes: list[str]
+) -> list[Pair]:
+    """Draw pairs whose right answer is `No Objects`: a share of all pairs, at most one per image.
+
+    absent(image id): the categories that the image is known not to show.
+    """
+    if not 0.0 <= choice.negatives < 1.0:
+        raise DataError(f"--negatives {choice.negatives}: a share of all examples, at least 0 and below 1")
+    count = round(len(pairs) * choice.negatives / (1.0 - choice.negatives))
+    rng = random.Random(f"{choice.seed}/negatives")
+    # Few-shot training must not see other images, so negatives come from the images that are already in use.
+    used = sorted({image_id for image_id, _ in pairs}, key=str)
+    rng.shuffle(used)
+    found = []
+    for image_id in used:
+        if len(found) < count and (names := absent(image_id)):
+            found.append((image_id, rng.choice(names)))
+    if len(found) < count:
+        notes.append(f"--negatives {choice.negatives}: {len(found)} of {count} examples found, one per image at most")
+    return found
+
+
+def every_pair(images: Sequence, categories: Sequence[str], choice: Choice) -> list[Pair]:
+    """Pair each image with each category, shown or not: --eval_categories all and listed."""
+    refuse(choice, "only with --eval_categories gt; the others ask for what is absent anyway", "negatives")
+    if choice.eval_categories == "listed" and choice.categories is None:
+        raise DataError("--eval_categories listed: needs --categories, which lists them")
+    if choice.eval_categories == "all" and choice.categories is not None:
+        raise DataError("--eval_categories all: asks for all categories, so without --categories; to restrict: listed")
+    return [(image_id, name) for image_id in images for name in categories]

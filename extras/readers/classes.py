@@ -1,0 +1,127 @@
+"""Read images with class names: a labels file, the lists of the published datasets, or class folders."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data import (
+    Choice,
+    DataError,
+    Example,
+    Found,
+    class_of,
+    class_solution,
+    file_lines,
+    file_rows,
+    leave_out,
+    names_in,
+    read_text,
+    refuse,
+    wanted_categories,
+)
+from extras.readers.choose import pick_split, take_shots
+
+CLASS_LAYOUT = """Images with class names are read from the first of these that is there:
+  DIR/labels.csv, .json or .jsonl     rows with file (within DIR), class_name and split (train, val or test)
+  DIR/annotations/trainval.txt        Oxford-IIIT Pet as published (task pets), with test.txt and DIR/images/
+  DIR/data/images_variant_...txt      FGVC-Aircraft as published (task aircraft), with DIR/data/images/
+  DIR/train/CLASS/*.jpg               class folders, with DIR/val/CLASS/ or DIR/test/CLASS/"""
+
+Labeled = tuple[str, Path, Any]  # (place of the label, for errors; the image; its class name or all accepted names)
+
+
+def read_classes(
+    data: str, split: str, choice: Choice, published: Callable[[Path, str], list[Labeled]] | None = None
+) -> Found:
+    """Read images with class names, one example each; layout: CLASS_LAYOUT.
+
+    published: reads the lists that came with a dataset, and returns an empty list if they are missing.
+    """
+    refuse(choice, "a question about the class names no category", "negatives", "eval_categories")
+    root = Path(data)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder. {CLASS_LAYOUT}")
+    labeled = labels_file(root, split) or (published and published(root, split)) or class_folders(root, split)
+    notes: list[str] = []
+    images, flaws, listed = defaultdict(list), [], cache(names_in)
+    for number, (where, path, name) in enumerate(labeled):
+        try:
+            solution = class_solution(name)
+            if path.name not in listed(path.parent):
+                raise DataError(f"{path}: no such image")
+        except DataError as error:
+            flaws.append(f"{where}: {error}")
+            continue
+        id = f"{split}/{str(path).removeprefix(f'{root}/')}"
+        example = Example(id, (path,), None, solution, class_of(solution), image_id=number)
+        images[example.category].append(example)
+    leave_out(root, flaws, choice, notes)
+    if images and all(name.isdecimal() for name in images):
+        raise DataError(
+            f"{root}: the classes are called {', '.join(list(images)[:3])} ...; a model can answer names only, "
+            "so a labels file has to give them"
+        )
+    wanted = wanted_categories(root, list(images), choice.categories)
+    taken = take_shots(root, {name: images[name] for name in wanted}, choice, notes)
+    return [example for found in taken.values() for example in found], notes
+
+
+def labels_file(root: Path, split: str) -> list[Labeled]:
+    """Read the images of a split from DIR/labels.csv, .json or .jsonl; an empty list without such a file."""
+    files = [root / name for name in ("labels.csv", "labels.json", "labels.jsonl") if (root / name).is_file()]
+    if not files:
+        return []
+    rows = csv_rows(files[0]) if files[0].suffix == ".csv" else file_rows(files[0])
+    for where, row in rows:
+        if not isinstance(row, dict) or not all(row.get(key) for key in ("file", "class_name", "split")):
+            raise DataError(f"{where}: file, class_name and split expected, found {str(row)[:200]}")
+    there = {row["split"] for _, row in rows}
+    name = pick_split(files[0], split, there, f"Its rows have split {', '.join(sorted(there))}")
+    return [(where, root / row["file"], row["class_name"]) for where, row in rows if row["split"] == name]
+
+
+def csv_rows(file: Path) -> list[tuple[str, dict]]:
+    """Return the (place, row) of every row of a .csv file with a header."""
+    reader = csv.DictReader(read_text(file).splitlines())
+    return [(f"{file}: line {reader.line_num}", row) for row in reader]
+
+
+def pets_lists(root: Path, split: str) -> list[Labeled]:
+    """Read Oxford-IIIT Pet's annotations/{trainval,test}.txt.
+
+    A line is `Abyssinian_100 1 1 1`: the image name, which begins with the breed, and numbers.
+    """
+    file = root / "annotations" / {"train": "trainval.txt", "val": "test.txt"}[split]
+    names = [(where, line.split()[0]) for where, line in file_lines(file)] if file.is_file() else []
+    return [(where, root / "images" / f"{name}.jpg", name.rpartition("_")[0]) for where, name in names]
+
+
+def aircraft_lists(root: Path, split: str) -> list[Labeled]:
+    """Read FGVC-Aircraft's images_variant_{trainval,train,test}.txt, with lines such as `1025794 707-320`."""
+    parts = {"train": ("trainval", "train"), "val": ("test",)}[split]
+    files = (base / f"images_variant_{part}.txt" for base in (root, root / "data") for part in parts)
+    file = next((file for file in files if file.is_file()), None)
+    split_lines = ((where, *line.partition(" ")) for where, line in (file_lines(file) if file else ()))
+    return [(where, file.parent / "images" / f"{image}.jpg", name) for where, image, _, name in split_lines]
+
+
+def class_folders(root: Path, split: str) -> list[Labeled]:
+    """List the images in the class folders of a split."""
+    folder = root / pick_split(root, split, names_in(root), CLASS_LAYOUT)
+    endings = Image.registered_extensions()
+    return [
+        (f"class folder {kind}", path, kind.name)
+        for kind in sorted(folder.iterdir())
+        if kind.is_dir()
+        for path in sorted(kind.iterdir())
+        if path.suffix.lower() in endings
+    ]
+
+
+read_pets = partial(read_classes, published=pets_lists)
+read_aircraft = partial(read_classes, published=aircraft_lists)

@@ -1,0 +1,58 @@
+"""Read LVIS (v0.5 and v1): COCO's images, 1,200 categories, of which only a few were checked in each image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data import DETECTION_FIELDS, Choice, Found, annotation_file, detection_examples, first_folder, plain_name
+
+LVIS_LAYOUT = """An LVIS folder (v0.5 or v1) looks like this; its images are COCO's:
+  DIR/annotations/lvis_v1_train.json          (or directly in DIR)
+  DIR/annotations/lvis_v1_val.json            (only for evaluation)
+  DIR/train2017/000000000009.jpg ...
+  DIR/val2017/000000000139.jpg ..."""
+
+# v0.5 names files as COCO did in 2014 and v1 does not name them; the address is in both.
+LVIS_FIELDS = DETECTION_FIELDS | {"images": ("id", "width", "height", "coco_url")}
+
+
+def read_lvis(data: str, split: str, choice: Choice) -> Found:
+    """Read a folder of LVIS_LAYOUT; categories are asked for in plain words.
+
+    Only the categories in an image's `neg_category_ids` are known to be absent, so only these become negatives.
+    Categories in `not_exhaustive_category_ids`, or not checked in an image, do not count as `exhaustive`.
+    """
+    root = Path(data)
+    file, table = annotation_file(root, f"lvis*_{split}*.json", LVIS_FIELDS, LVIS_LAYOUT)
+    for record in table["categories"]:
+        record["name"] = plain_name(record["name"])
+    name_of = {record["id"]: record["name"] for record in table["categories"]}
+    verified = {r["id"]: Verified.of(r, name_of) for r in table["images"] if "neg_category_ids" in r}
+
+    def known(image_id: Any, name: str, shown: bool) -> bool:
+        return image_id not in verified or verified[image_id].known(name, shown)
+
+    base = first_folder(root, ("train2017", "val2017", "images/train2017", "images/val2017"), LVIS_LAYOUT).parent
+    paths = [base.joinpath(*record["coco_url"].split("/")[-2:]) for record in table["images"]]
+    return detection_examples((file, table, paths), split, choice, known)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Hold what the annotators verified in one image, by category name."""
+
+    absent: frozenset[str]  # not shown (`neg_category_ids`)
+    partial: frozenset[str]  # shown, but not every instance is annotated (`not_exhaustive_category_ids`)
+
+    @classmethod
+    def of(cls, record: dict, name_of: dict) -> "Verified":
+        """Read one record of the file's images."""
+        absent, partial = (
+            frozenset(name_of[i] for i in record.get(key, ()) if i in name_of)
+            for key in ("neg_category_ids", "not_exhaustive_category_ids")
+        )
+        return cls(absent, partial)
+
+    def known(self, name: str, shown: bool) -> bool:
+        """Return whether every instance of a category is annotated; shown: whether any instance is."""
+        return name not in self.partial and (shown or name in self.absent)

@@ -1,0 +1,61 @@
+"""Read tables with the `datasets` library: parquet files, save_to_disk folders and datasets on the hub."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from extras.readers.choose import pick_split
+
+
+@dataclass(frozen=True, repr=False)
+class CellImage:
+    """Open an image in a table when it is called, so that a dataset need not fit into memory."""
+
+    table: Any
+    where: str
+    row: int
+    column: str
+    number: int
+
+    def __repr__(self) -> str:
+        return f"{self.where}, {self.column}[{self.number}]"
+
+    def __call__(self) -> io.BytesIO:
+        cell = self.table[self.row][self.column]
+        cell = cell[self.number] if isinstance(cell, list) else cell
+        if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
+            return io.BytesIO(Path(cell["path"]).read_bytes())
+        return io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell)
+
+
+def table_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
+    """Yield the (place, row) of every row of a table that data.is_table accepts; images become CellImages."""
+    path = Path(source)
+    if path.is_file():
+        table = datasets.load_dataset("parquet", data_files=source, split="train")
+    elif any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        table = datasets.load_from_disk(source)
+    else:
+        table = datasets.load_dataset(source)
+    if isinstance(table, dict):
+        hint = f"It has {', '.join(table)}; for evaluation, --eval_data names other data"
+        table = table[pick_split(source, split, table, hint)]
+    for column, feature in table.features.items():  # encoded bytes instead of decoded images
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    for number in range(len(table)):
+        where, row = f"{source}: row {number}", table[number]
+        for column in row.keys() & {"image", "images"}:
+            cells = row[column] if isinstance(row[column], list) else [row[column]]
+            row[column] = [
+                cell if isinstance(cell, str) else CellImage(table, where, number, column, i)
+                for i, cell in enumerate(cells)
+                if cell
+            ]
+        yield where, row
