@@ -58,7 +58,7 @@ import data
 from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task
 from extras.adapters import language_model
 from extras.evaluate import read_predictions
-from extras.report import draw_pair
+from extras.report import draw_pair, plot_curves
 from rewards import Box, parse_answer, reward_weights
 from virft import (  # of the algorithm
     MicroBatch, branch, completion_mask, fork, log_distribution, optimizer_step, prefill, sample, sampling_noise,
@@ -406,7 +406,7 @@ def dpo_loss(logp: Tensor, logp_ref: Tensor, beta: float) -> tuple[Tensor, Tenso
 
 def pair_ids(run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
     """Chosen and rejected answers of B pairs with their EOS, ids and mask [B * 2, C]: groups of two."""
-    tokenizer = run.processor.tokenizer
+    tokenizer = run.prompts.processor.tokenizer
     answers = [text for prompt in prompts for text in prompt.solution]
     rows = [ids + [tokenizer.eos_token_id] for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]]
     ids = torch.full((len(rows), max(map(len, rows))), tokenizer.eos_token_id)
@@ -839,7 +839,8 @@ def train(argv: Sequence[str]) -> None:
     task = replace(TASKS["rows"], name="pairs")
     sizes = (False, cfg.system_prompt, positions - longest - 1, cfg.skip_bad_images)
     run = build_run(cfg, accelerator, Prompts(task, pairs, processor, fit, coordinates, *sizes), {}, trains=True)
-    open_out(run, 2, "answers")
+    first = pairs[0].solution
+    open_out(run, 2, "answers", [f"{name}: {text}" for name, text in zip(("chosen", "rejected"), first)])
     with guarded(run) as stopping:
         for step, prompts in run.steps():
             metrics, rows = dpo_update(run, prompts, step)
@@ -851,6 +852,8 @@ def train(argv: Sequence[str]) -> None:
                 break
         else:
             save_model(run)
+    if run.main:
+        plot_curves([Path(cfg.out) / "metrics.jsonl"], Path(cfg.out) / "curves.png")
     accelerator.end_training()
 
 

@@ -235,9 +235,11 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     text = model.config.get_text_config()
     kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None) or mask.shape[1]
     keys = min(layer.keys.shape[-2] for layer in cache.layers if isinstance(layer, StaticLayer))
-    near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, None, None, -keys:]
-    seen = {"full_attention": mask[:, None, None], "sliding_attention": near, "linear_attention": None}
-    return {kind: seen[kind] for kind in kinds} if len(kinds) > 1 else near
+    near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, -keys:]
+    seen = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}
+    if text._attn_implementation == "eager":  # adds the mask to its scores, where fused kernels take booleans
+        seen = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in seen.items()}
+    return {kind: seen.get(kind) for kind in kinds} if len(kinds) > 1 else seen["sliding_attention"]
 
 
 def sample(
@@ -809,11 +811,13 @@ def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[in
 
 def load_examples(cfg: Config, split: str) -> list[Example]:
     """Load the examples of a split and print what was left out and why."""
-    task, evaluates = data.TASKS[cfg.task], split == "val"
-    source = (evaluates and cfg.eval_data) or cfg.data or task.hub_data
-    chosen = {name: getattr(cfg, name) for name in ("categories", "negatives", "seed", "skip_bad_images")}
-    train_only, val_only = {"shots": cfg.shots, "max_boxes": cfg.max_boxes}, {"eval_categories": cfg.eval_categories}
-    chosen |= val_only | {"limit": cfg.eval_limit} if evaluates else train_only
+    task, bad = data.TASKS[cfg.task], cfg.skip_bad_images
+    chosen = {"categories": cfg.categories, "negatives": cfg.negatives, "seed": cfg.seed, "skip_bad_images": bad}
+    if split == "train":
+        source, chosen = cfg.data or task.hub_data, chosen | {"shots": cfg.shots, "max_boxes": cfg.max_boxes}
+    else:
+        source = cfg.eval_data or cfg.data or task.hub_data
+        chosen |= {"limit": cfg.eval_limit, "eval_categories": cfg.eval_categories}
     with loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -887,7 +891,7 @@ def start(cfg: Config) -> Run:
 # What a run writes.
 
 
-def open_out(run: Run, per_prompt: int, what: str) -> None:
+def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) -> None:
     """Make the run folder, once everything has loaded, and print what a person should check."""
     cfg, out, checks = run.cfg, Path(run.cfg.out), extra("check")
     if run.main:
@@ -895,7 +899,7 @@ def open_out(run: Run, per_prompt: int, what: str) -> None:
         if not (out / "config.json").exists():  # its time is when an evaluation began
             (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     if checks:
-        checks.describe(run, per_prompt, what)
+        checks.describe(run, per_prompt, what, notes)
     else:
         run.say("extras/ is missing: no description of the run, no pictures; Ctrl-C saves OUT/model and no checkpoint")
     if cfg.report_to:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -89,6 +90,23 @@ def write_model(shape: str, folder: Path) -> None:
     make_processor(shape, tokenizer).save_pretrained(folder)
 
 
+def write_data(folder: Path, pictures: int) -> None:
+    """The demo's pictures, enlarged to SIDE, and their boxes with them."""
+    shapes.write_split(folder, "train", pictures, seed=0)
+    scale = SIDE / shapes.SIZE
+    for path in (folder / "train").iterdir():
+        with Image.open(path) as picture:
+            enlarged = picture.resize((SIDE, SIDE))
+        enlarged.save(path)
+    file = folder / "annotations" / "instances_train.json"
+    table = json.loads(file.read_text())
+    for image in table["images"]:
+        image["width"] = image["height"] = SIDE
+    for record in table["annotations"]:
+        record["bbox"] = [value * scale for value in record["bbox"]]
+    file.write_text(json.dumps(table))
+
+
 class Meter:
     """vs_trl.Meter for a GPU: what torch held at most, and how busy nvidia-smi saw the GPU after the first step."""
 
@@ -115,8 +133,8 @@ class Meter:
 def measure(side: str, case: str, steps: int, folder: Path, meter: type = Meter) -> dict:
     sizes = [int(n) for n in case.split(",")]
     if side == "TRL":
-        return vs_trl.theirs(folder, *sizes, steps, meter, **PIXELS)
-    return vs_trl.ours(folder, *sizes, steps, side == "repeated", meter, **PIXELS)
+        return vs_trl.theirs(folder, *sizes, steps, meter)
+    return vs_trl.ours(folder, *sizes, steps, side == "repeated", meter)
 
 
 def table_rows(shape: str, case: str, rounds: list[dict]) -> str:
@@ -159,7 +177,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            shapes.write_split(Path(folder) / "data", "train", 40, seed=0)
+            write_data(Path(folder) / "data", 40)
             write_model(shape, Path(folder) / "model")  # on the CPU: this process holds nothing of the GPU's memory
             for case in args.cases:
                 argv = ("--cases", case, "--steps", args.steps, "--folder", folder)

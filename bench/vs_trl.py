@@ -96,7 +96,7 @@ def repeat_prompts(G: int) -> None:
 
 def ours(folder: Path, C: int, G: int, prompts: int, steps: int, repeated: bool, meter: type[Meter], **more) -> dict:
     flags = more | {
-        "data": folder / "data", "model": folder / "model", "out": folder / "run", "steps": steps + 1, "prompts_per_step": prompts,
+        "data": folder / "data", "model": folder / "model", "out": Path(tempfile.mkdtemp()), "steps": steps + 1, "prompts_per_step": prompts,
         "group_size": G, "max_completion_tokens": C, "beta": 0.04, "lr": 1e-6, "workers": 0,
     }  # fmt: skip
     run = virft.start(virft.parse_config([part for n, v in flags.items() for part in (f"--{n}", str(v))]))
@@ -120,11 +120,11 @@ def ours(folder: Path, C: int, G: int, prompts: int, steps: int, repeated: bool,
     }  # fmt: skip
 
 
-def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, pixels: dict[str, int] = {}, **settings):
+def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, **settings):
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
-    processor, gpu = AutoProcessor.from_pretrained(folder / "model", **pixels), torch.cuda.is_available()
+    processor, gpu = AutoProcessor.from_pretrained(folder / "model"), torch.cuda.is_available()
     model = virft.load_model(str(folder / "model"), torch.float32, torch.device("cuda" if gpu else "cpu"))
     eos, forbidden = virft.special_tokens(model, processor)
     examples, _ = data.read_coco(str(folder / "data"), "train")
@@ -149,10 +149,10 @@ def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, pixels:
     return GRPOTrainer(model, any_reward, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor)  # fmt: skip
 
 
-def theirs(folder: Path, C: int, G: int, prompts: int, steps: int, meter: type[Meter], **pixels: int) -> dict:
+def theirs(folder: Path, C: int, G: int, prompts: int, steps: int, meter: type[Meter]) -> dict:
     from transformers import TrainerCallback
 
-    trainer = make_trainer(folder, C, G, prompts, steps, pixels)
+    trainer = make_trainer(folder, C, G, prompts, steps)
     times, lengths, phases, widths = [], [], [], []
 
     def now() -> float:

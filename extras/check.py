@@ -25,10 +25,10 @@ PROMPT_LINES = 12  # of the first prompt that the start of a run prints
 # What a run is about to do.
 
 
-def describe(run: Any, per_prompt: int, what: str) -> None:
+def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) -> None:
     """Print what a person should check before the first step, in at most 25 lines, and write all of it to OUT/setup.txt.
 
-    per_prompt, what: completions of a prompt and what they are called.
+    per_prompt, what: completions of a prompt and what they are called; notes: lines after the first prompt.
     """
     cfg, default, (first,) = run.cfg, type(run.cfg)(), data.whole([run.prompts[0, 0]])
     settings = asdict(cfg)
@@ -41,10 +41,10 @@ def describe(run: Any, per_prompt: int, what: str) -> None:
         lines.append(f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({convention})")
     prompt = describe_prompt(run, first).splitlines()
     more = [f"... {len(prompt) - PROMPT_LINES} lines more in setup.txt"] if len(prompt) > PROMPT_LINES else []
-    run.say("\n".join([*lines, *prompt[:PROMPT_LINES], *more]))
+    run.say("\n".join([*lines, *prompt[:PROMPT_LINES], *more, *notes]))
     if run.main:
         everything = [f"  {name} = {value!r}" for name, value in settings.items()]
-        (Path(cfg.out) / "setup.txt").write_text("\n".join([*everything, *lines, *prompt]) + "\n")
+        (Path(cfg.out) / "setup.txt").write_text("\n".join([*everything, *lines, *prompt, *notes]) + "\n")
 
 
 def describe_steps(run: Any, per_prompt: int, what: str) -> str:
@@ -66,9 +66,9 @@ def describe_steps(run: Any, per_prompt: int, what: str) -> str:
 
 def answers_too_long(run: Any, first: Prompt) -> list[str]:
     """Say how many examples have an answer that does not fit in --max_completion_tokens."""
-    limit, task, tokenizer = run.cfg.max_completion_tokens, run.prompts.task, run.prompts.processor.tokenizer
-    if not run.rewards:  # answers of preference pairs are given, not sampled
+    if not run.rewards:  # the answers of preference pairs are given, not sampled
         return []
+    limit, task, tokenizer = run.cfg.max_completion_tokens, run.prompts.task, run.prompts.processor.tokenizer
     answers = [data.model_answer(task, e, first.target, run.cfg.think) for e in run.prompts.examples[:2000]]
     lengths = [len(tokenizer(answer)["input_ids"]) for answer in answers]
     if not (too_long := sum(length >= limit for length in lengths)):

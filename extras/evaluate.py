@@ -245,7 +245,7 @@ def read_predictions(file: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in whole]
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}: a line in the middle is not JSON ({error}); --overwrite true starts over") from None
+        raise DataError(f"{file}: a line in the middle is not JSON ({error}); another --out starts over") from None
 
 
 def own_predictions(out: Path, process: int) -> Path:
@@ -282,7 +282,7 @@ def recover(out: Path, examples: Sequence[Example]) -> list[dict]:
     asked = {row: json.dumps([e.id, e.solution]) for row, e in enumerate(examples)}
     if any(asked.get(row) != json.dumps([r["id"], r["solution"]]) for row, r in done.items()):
         raise DataError(
-            f"{out}: its predictions answer other questions, the data changed; --overwrite true starts over"
+            f"{out}: its predictions answer other questions, the data changed; another --out starts over"
         )
     records = [done[row] for row in sorted(done)]
     if records:

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import inspect
 import math
 
 import pytest
@@ -12,11 +11,12 @@ import data
 import families
 import virft
 from bench.flops import phases
-from conftest import first_prompts
+from conftest import ROOT, first_prompts
 from data import Prompt
 from families import alone, batch, gradients, prompts, scored
 
 NONE = torch.tensor([], dtype=torch.long)
+CLIP_GRAD_NORM = torch.nn.utils.clip_grad_norm_  # which capture_gradients replaces
 
 
 @pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL"])
@@ -30,10 +30,10 @@ def test_sampling_frequencies_are_the_scored_probabilities(name):
         ids, logp_sampled = virft.sample(model, inputs, G, noise, 2, torch.tensor([95]), temperature, forbidden)
         logp = scored(model, inputs, ids, temperature, forbidden)[0]
     assert (logp_sampled - logp).abs().max() < 1e-5
-    for rows, scored in zip(ids.view(B, G, -1), logp.view(B, G, -1)):
+    for rows, logps in zip(ids.view(B, G, -1), logp.view(B, G, -1)):
         for length in (1, 2):
             pairs, index, counts = rows[:, :length].unique(dim=0, return_inverse=True, return_counts=True)
-            p = torch.zeros(len(pairs)).scatter(0, index, scored[:, :length].sum(1).exp())
+            p = torch.zeros(len(pairs)).scatter(0, index, logps[:, :length].sum(1).exp())
             common = counts >= 20
             error = (counts / G - p)[common].abs() / (p * (1 - p) / G).sqrt()[common]
             assert common.sum() >= 5 and error.max() < 4.5, "sampled tokens do not follow the scored distribution"
@@ -226,11 +226,11 @@ def spread_rewards(run) -> None:
 
 def capture_gradients(run, monkeypatch) -> list[torch.Tensor]:
     """The gradients of each optimizer step, before they are clipped."""
-    taken, plain = [], torch.nn.utils.clip_grad_norm_
+    taken = []
 
     def clip(parameters, limit):
         taken.append(gradients(run.model).clone())
-        return plain(parameters, limit)
+        return CLIP_GRAD_NORM(parameters, limit)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     return taken
@@ -379,8 +379,9 @@ def test_operations_are_those_of_one_prompt_and_its_completions(phase):
 
 def test_every_setting_is_read():
     """[22] Each Config field is used outside of Config, and documented."""
-    tree = ast.parse(inspect.getsource(virft))
-    loads = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
+    sources = [ROOT / "virft.py", *(ROOT / "extras").rglob("*.py")]
+    nodes = [node for file in sources for node in ast.walk(ast.parse(file.read_text()))]
+    loads = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
     read = {n.attr for n in loads if "cfg" in (getattr(n.value, "id", None), getattr(n.value, "attr", None))}
     for field in dataclasses.fields(virft.Config):
         assert field.name in read, f"--{field.name} is read nowhere"

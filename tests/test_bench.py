@@ -11,7 +11,6 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from bench import gpu, vs_trl
-from demo import shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,8 +22,8 @@ class ImagesOnly(transformers.Qwen2VLProcessor):
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
 
-    def __init__(self, tokenizer, **pixels: int):
-        super().__init__(Qwen2VLImageProcessorPil(**pixels), tokenizer, chat_template=gpu.CHAT_TEMPLATE)
+    def __init__(self, tokenizer):
+        super().__init__(Qwen2VLImageProcessorPil(), tokenizer, chat_template=gpu.CHAT_TEMPLATE)
 
 
 def small(**special: int):
@@ -44,7 +43,7 @@ def small(**special: int):
 @pytest.mark.slow
 def test_the_table_of_operations_is_what_the_command_prints():
     done = subprocess.run([sys.executable, ROOT / "bench" / "flops.py"], capture_output=True, text=True)
-    assert done.stdout.count("\n") == 14 and done.stdout in (ROOT / "README.md").read_text(), done.stdout + done.stderr
+    assert done.stdout.count("\n") == 14 and done.stdout in (ROOT / "docs" / "gpus.md").read_text(), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name,parameters", [("Qwen2-VL-2B", 2_208_985_600), ("Qwen2.5-VL-3B", 3_754_622_976)])
@@ -61,14 +60,13 @@ def test_gpu_shapes_are_those_of_the_models(name, parameters):
 def test_gpu_bench_measures_a_small_model(side, tmp_path, monkeypatch):
     """All but the GPU and TRL: a model is written, trained for a step and measured; the row of the table is whole."""
     monkeypatch.setitem(gpu.SHAPES, "Qwen2-VL-2B", small)
-    pixels = {"min_pixels": 8 * 28**2, "max_pixels": 16 * 28**2}
-    monkeypatch.setattr(gpu, "PIXELS", pixels)
+    monkeypatch.setattr(gpu, "SIDE", 112)
     monkeypatch.setattr(gpu, "make_processor", lambda shape, tokenizer: ImagesOnly(tokenizer))
     tokenizer = gpu.make_tokenizer()
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: ImagesOnly(tokenizer, **pixels))
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: ImagesOnly(tokenizer))
     for changed in ("prefill", "fork"):  # the repeated side replaces them, in a process of its own
         monkeypatch.setattr(gpu.vs_trl.virft, changed, getattr(gpu.vs_trl.virft, changed))
-    shapes.write_split(tmp_path / "data", "train", 4, seed=0)
+    gpu.write_data(tmp_path / "data", 4)
     gpu.write_model("Qwen2-VL-2B", tmp_path / "model")
 
     class Meter(vs_trl.Meter):

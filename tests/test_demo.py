@@ -306,7 +306,7 @@ def test_the_model_knows_what_the_readme_says(tmp_path):
     """Choice, counting, negatives and rough boxes, on pictures of another seed."""
     shapes.write_split(tmp_path / "data", "val", 80, seed=123)
     command = [sys.executable, "virft.py", "--task", "coco", "--data", tmp_path / "data", "--model", MODEL, "--eval_only", "true",
-               "--negatives", "0.1", "--max_completion_tokens", "48", "--eval_batch", "64", "--out", tmp_path / "out"]  # fmt: skip
+               "--negatives", "0.1", "--max_completion_tokens", "48", "--prompts_per_step", "64", "--out", tmp_path / "out"]  # fmt: skip
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
     found = report.measure(tmp_path / "out")
     assert found["choice"] >= 0.8 and found["count"] >= 0.8 and found["negatives"] > 0.5 and found["format"] > 0.99

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image, ImageChops
 
 import data
-import evaluate
 from conftest import shared
 from data import TASKS, DataError, Example
+from extras import check, evaluate, report
 from rewards import REWARDS
 
 COCO = TASKS["coco"]
@@ -222,7 +222,7 @@ def test_shares():
         "no",
         "<think></think><answer>x</answer>",
     ]
-    assert evaluate.answer_shares(texts, COCO.parse) == {"parsed": 0.5, "no_objects": 0.5, "empty_think": 0.75}
+    assert data.answer_shares(texts, COCO.parse) == {"parsed": 0.5, "no_objects": 0.5, "empty_think": 0.75}
 
 
 def test_files(tmp_path):
@@ -245,8 +245,8 @@ def test_files(tmp_path):
 
 def test_boxes_are_drawn_where_they_are(tmp_path):
     path = tmp_path / "drawn.png"
-    answer = {"solution": [[10, 10, 60, 60]], "detections": [[[100, 20, 180, 90], 0.5]], "category": "dog"}
-    evaluate.draw_record(COCO, Image.new("RGB", (200, 100), (0, 90, 0)), answer, path, least_side=100)
+    image, answer = Image.new("RGB", (200, 100), (0, 90, 0)), [[[100, 20, 180, 90], 0.5]]
+    report.draw_record(COCO, image, "dog", [[10, 10, 60, 60]], answer, path, least_side=100)
     with Image.open(path) as picture:
         assert picture.size == (200, 124)
         assert picture.getpixel((12, 24 + 40)) != (0, 90, 0) and picture.getpixel((101, 24 + 60)) == (255, 0, 255)
@@ -256,8 +256,7 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
 @pytest.mark.parametrize("far", [1e9, 1e30, -1e300])
 def test_wild_numbers_are_drawn_at_the_edge(tmp_path, far):
     detections = [[[min(0.0, far), 0.0, max(1.0, far), 50.0], 0.5], [[far - 1, far - 1, far, far], 0.5]]
-    answer = {"solution": [], "detections": detections, "category": "dog"}
-    evaluate.draw_record(COCO, Image.new("RGB", (200, 100)), answer, tmp_path / "drawn.png")
+    report.draw_record(COCO, Image.new("RGB", (200, 100)), "dog", [], detections, tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").exists()
 
 
@@ -272,9 +271,8 @@ def test_answers_of_other_kinds_are_drawn(tmp_path, name):
     }[name]
     e = Example("a", (Path("x"),), (200, 100) if task.boxes else None, solution, "asked")
     r = evaluate.record(task, e, (1000, 1000), f"<answer>{text}</answer>", {})
-    evaluate.draw_record(
-        task, Image.new("RGB", e.size or (200, 100), (0, 90, 0)), r, tmp_path / "a.png", least_side=100
-    )
+    answer, image = r[evaluate.METRICS[task.metric].key], Image.new("RGB", (200, 100), (0, 90, 0))
+    report.draw_record(task, image, "asked", solution, answer, tmp_path / "a.png", least_side=100)
     with Image.open(tmp_path / "a.png") as picture:
         drawn = [picture.getpixel((12, 24 + 40)) != (0, 90, 0), picture.getpixel((101, 24 + 60)) == (255, 0, 255)]
     assert drawn == [task.boxes, task.boxes]
@@ -294,9 +292,9 @@ def interrupted(tmp_path):
     """A folder with the answers to rows 0 to 4 of 6 in a file and two shards, one of them ending in half a line."""
     examples = [example(i, (10, 10, 60, 60)) for i in range(6)]
     records = [{"row": i} | record(e, exact_answer(e)) for i, e in enumerate(examples)]
-    evaluate.append_rows(tmp_path / "predictions.jsonl", records[:2])
-    evaluate.append_rows(evaluate.own_predictions(tmp_path, 0), records[2:4])
-    evaluate.append_rows(evaluate.own_predictions(tmp_path, 1), [records[4]])
+    data.append_rows(tmp_path / "predictions.jsonl", records[:2])
+    data.append_rows(evaluate.own_predictions(tmp_path, 0), records[2:4])
+    data.append_rows(evaluate.own_predictions(tmp_path, 1), [records[4]])
     with evaluate.own_predictions(tmp_path, 1).open("a") as half:
         half.write(json.dumps(records[5])[:100])
     return tmp_path, examples, records
@@ -315,13 +313,13 @@ def test_answers_to_other_questions_are_not(interrupted):
     out, examples, _ = interrupted
     other = [*examples[:3], example(3, (10, 10, 61, 60)), *examples[4:]]
     for changed in (other, examples[:4]):
-        with pytest.raises(DataError, match="answer other questions, the data changed; --overwrite true"):
+        with pytest.raises(DataError, match="answer other questions, the data changed; another --out starts over"):
             evaluate.recover(out, changed)
 
 
 def test_a_broken_line_in_the_middle_is_named(interrupted):
     out, examples, _ = interrupted
-    evaluate.append_rows(evaluate.own_predictions(out, 1), [{"row": 5}])
+    data.append_rows(evaluate.own_predictions(out, 1), [{"row": 5}])
     with pytest.raises(DataError, match=r"predictions\.1\.jsonl: a line in the middle is not JSON"):
         evaluate.recover(out, examples)
 
@@ -337,7 +335,7 @@ def test_only_the_same_settings_and_model_go_on(tmp_path):
     settings = {"model": str(model), "eval_only": True, "max_pixels": 100, "workers": 2, "rewards": [f"{mine}:f=1"]}
     assert not evaluate.unfinished(out, settings), "nothing there"
     (out / "config.json").write_text(json.dumps(settings))
-    assert evaluate.unfinished(out, settings) and evaluate.unfinished(out, settings | {"workers": 0, "overwrite": True})
+    assert evaluate.unfinished(out, settings) and evaluate.unfinished(out, settings | {"workers": 0, "prompts_per_step": 3})
     for change in ({"max_pixels": 200}, {"rewards": []}, {"eval_only": False}, {"model": "another"}):
         assert not evaluate.unfinished(out, settings | change), change
     (out / "config.json").write_text(json.dumps(settings | {"eval_only": False}))
@@ -353,21 +351,21 @@ def test_only_the_same_settings_and_model_go_on(tmp_path):
 
 
 def test_curves_are_smoothed_by_means():
-    assert evaluate.smoothed([1.0, 3.0]).tolist() == [2.0]
-    means = evaluate.smoothed([float(i) for i in range(30)])
+    assert report.smoothed([1.0, 3.0]).tolist() == [2.0]
+    means = report.smoothed([float(i) for i in range(30)])
     assert len(means) == 11 and means[0] == pytest.approx(9.5) and means[-1] == pytest.approx(19.5)
 
 
 def test_curves_draw_whatever_was_logged(tmp_path):
     rng = random.Random(0)
     rows = [
-        {"step": s, "reward": rng.random(), "reward_iou": s / 50, "kl": 0.1, "completion_tokens": 20}
+        {"step": s, "reward": rng.random(), "reward/iou": s / 50, "kl": 0.1, "completion_tokens": 20}
         for s in range(1, 51)
     ]
-    evaluate.append_rows(tmp_path / "metrics.jsonl", rows)
-    evaluate.append_rows(tmp_path / "other.jsonl", [row | {"reward_iou": 1.0} for row in rows[:40]])
+    data.append_rows(tmp_path / "metrics.jsonl", rows)
+    data.append_rows(tmp_path / "other.jsonl", [row | {"reward/iou": 1.0} for row in rows[:40]])
     for runs, name in (["metrics"], "one.png"), (["metrics", "other"], "two.png"):
-        evaluate.plot_curves([tmp_path / f"{run}.jsonl" for run in runs], tmp_path / name)
+        report.plot_curves([tmp_path / f"{run}.jsonl" for run in runs], tmp_path / name)
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert one.width > 800 and one.size == two.size
         assert ImageChops.difference(one.convert("RGB"), two.convert("RGB")).getbbox(), "the second run is drawn too"
@@ -378,16 +376,16 @@ def test_every_doubt_can_be_raised_and_none_without_reason():
         "parsed": 1.0, "truncated": 0.0, "empty_think": 0.0, "no_objects": 0.1, "true_no_objects": 0.1, "zero_variance_groups": 0.2,
         "iou as relative": 0.5, "iou as pixels": 0.1,
     }  # fmt: skip
-    assert evaluate.doubts(good, "relative") == []
+    assert check.doubts(good, "relative") == []
     for change, says in (
         ({"parsed": 0.4}, "do not parse"), ({"truncated": 0.3}, "--max_completion_tokens"), ({"empty_think": 1.0}, "--think false"),
         ({"no_objects": 0.5}, "collapse"), ({"zero_variance_groups": 0.9}, "--group_size"), ({"iou as pixels": 0.7}, "--coordinates pixels"),
         ({"iou as relative": 0.05, "iou as pixels": 0.05}, "neither"),
     ):  # fmt: skip
-        (doubt,) = evaluate.doubts(good | change, "relative")
+        (doubt,) = check.doubts(good | change, "relative")
         assert says in doubt
-    assert "--coordinates relative" in evaluate.doubts(good, "pixels")[0]
-    assert evaluate.doubts({name: value for name, value in good.items() if "iou" not in name}, "relative") == []
+    assert "--coordinates relative" in check.doubts(good, "pixels")[0]
+    assert check.doubts({name: value for name, value in good.items() if "iou" not in name}, "relative") == []
 
 
 def test_box_fit_tells_the_conventions_apart():
@@ -399,6 +397,6 @@ def test_box_fit_tells_the_conventions_apart():
         return f"<think>a</think><answer>[{{'Position': {list(box)}, 'Confidence': 1}}]</answer>"
 
     relative, pixels = text(100, 100, 600, 600), text(20, 10, 70, 60)
-    assert evaluate.box_fit([prompt], [relative], task, fit, "relative") == pytest.approx(1.0)
-    assert evaluate.box_fit([prompt], [relative], task, fit, "pixels") == 0.0
-    assert evaluate.box_fit([prompt], [pixels, "no boxes"], task, fit, "pixels") == pytest.approx(0.25)
+    assert check.box_fit([prompt], [relative], task, fit, "relative") == pytest.approx(1.0)
+    assert check.box_fit([prompt], [relative], task, fit, "pixels") == 0.0
+    assert check.box_fit([prompt], [pixels, "no boxes"], task, fit, "pixels") == pytest.approx(0.25)

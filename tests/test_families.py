@@ -148,6 +148,17 @@ def test_fixed_shapes_sample_the_tokens_of_a_growing_cache(name, look, monkeypat
     assert torch.equal(ids, expected[:, : ids.shape[1]].where(virft.completion_mask(expected, eos)[:, : ids.shape[1]], eos[0]))
 
 
+@pytest.mark.parametrize("name", ["LLaVA", "Gemma3", "Qwen3.5"])
+def test_eager_attention_samples_the_same(name):
+    model, inputs, noise = families.model(name), batch(prompts(name)), virft.sampling_noise(["a", "b"], G, 8)
+    sampled = []
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            sampled.append(virft.sample(model, inputs, G, noise, 8, NEVER, TEMPERATURE, FORBIDDEN))
+    assert torch.equal(sampled[0][0], sampled[1][0]) and (sampled[0][1] - sampled[1][1]).abs().max() < 1e-4
+
+
 class NoWaiting(TorchDispatchMode):
     """Raise at every operation that would make the CPU wait for a GPU, and note where storage lies."""
 

@@ -22,11 +22,11 @@ from transformers import AutoProcessor, DynamicCache
 import data
 import families
 import mia_dpo
-import models
 import virft
 from conftest import ROOT, shared
 from data import DataError, Example
 from demo import shapes
+from extras.readers.captions import read_captions
 from families import batch, prompts
 from mia_dpo import LAYOUTS, BuildConfig, Question
 from test_scale import launch
@@ -110,8 +110,7 @@ class Planted(nn.Module):
         super().__init__()
         self.plant, self.word, self.eos, self.vocabulary = plant, word, eos, vocabulary
         self.config, self.embedding = SimpleNamespace(_attn_implementation="sdpa"), nn.Embedding(1, 1)
-
-    _supports_attention_backend = False  # what it attends to is told it, with whatever kernel
+        self.config.get_text_config = lambda: self.config
 
     def get_input_embeddings(self):
         return self.embedding
@@ -147,10 +146,10 @@ def build_command(single, model, out, *flags) -> list[str]:
 def planted_run(single, llava_dir, tmp_path, layout: str, plant_of) -> tuple[virft.Run, Question, data.Prompt]:
     """A run whose model attends as plant_of(indices of image tokens, P, target) says, and one question of a layout."""
     cfg = mia_dpo.parse_build(build_command(single, llava_dir, tmp_path / "p.jsonl", "--layouts", layout))
-    processor, fit, coordinates = models.load_processor(str(llava_dir), None, cfg.max_pixels, cfg.min_pixels)
+    processor, fit, coordinates, _ = virft.load_processor(cfg, "auto")
     examples, _ = data.load_examples(data.TASKS["rows"], str(single), "train")
     encoder = data.Prompts(data.TASKS["rows"], examples, processor, fit, coordinates)
-    run = virft.load_frozen(cfg, virft.make_accelerator(cfg.out), encoder)
+    run = virft.build(cfg, virft.connect(cfg), encoder, {}, trains=False)
     (tmp_path / "images").mkdir()
     questions = mia_dpo.Questions(encoder, {layout: 1.0}, tmp_path / "images", cfg.cell, 0)
     _, question, prompt = questions[3]
@@ -490,7 +489,7 @@ def test_real_captions_become_questions(tmp_path):
     (tmp_path / "annotations" / f"captions_{split}.json").write_text(
         json.dumps({"images": table["images"], "annotations": captions})
     )
-    examples, _ = data.read_captions(str(tmp_path), "val" if "val" in split else "train")
+    examples, _ = read_captions(str(tmp_path), "val" if "val" in split else "train", data.Choice())
     assert len(examples) == len(table["images"])
     questions = questions_of(None, tmp_path, {"grid9": 1.0, "pip": 1.0, "sequence5": 1.0}, examples=examples)
     for i in range(6):
@@ -587,7 +586,7 @@ def test_an_answer_that_is_sampled_twice_becomes_one_pair():
 
 def test_pairs_never_replace_the_questions(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
-    argv = ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "rows.jsonl", "--overwrite", "true"]
+    argv = ["--data", tmp_path / "rows.jsonl", "--out", tmp_path / "rows.jsonl"]
     with pytest.raises(SystemExit, match="--out .*: must be another file than --data"):
         mia_dpo.parse_build(list(map(str, argv)))
 
@@ -682,24 +681,11 @@ def test_a_folder_that_no_build_made_is_not_touched(tmp_path):
     (tmp_path / "coco").mkdir()
     for name, text in (("photo.jpg", "x"), ("config.json", '{"model_type": "llava"}')):
         (tmp_path / "coco" / name).write_text(text)
-    for overwrite in (False, True):
-        cfg = BuildConfig(out=str(tmp_path / "coco.jsonl"), overwrite=overwrite)
-        with pytest.raises(SystemExit, match="was not made by a build, and will not be touched"):
-            mia_dpo.open_folder(cfg, tmp_path / "coco")
+    with pytest.raises(SystemExit, match="was not made by a build, and will not be touched"):
+        mia_dpo.open_folder(BuildConfig(out=str(tmp_path / "coco.jsonl")), tmp_path / "coco")
     with pytest.raises(SystemExit, match="outside --data and --model"):
-        mia_dpo.parse_build(
-            ["--data", str(tmp_path / "coco"), "--out", str(tmp_path / "coco.jsonl"), "--overwrite", "true"]
-        )
+        mia_dpo.parse_build(["--data", str(tmp_path / "coco"), "--out", str(tmp_path / "coco.jsonl")])
     assert (tmp_path / "coco" / "photo.jpg").read_text() == "x"
-
-
-def test_overwriting_removes_pairs_before_their_collages(tmp_path):
-    cfg = BuildConfig(out=str(tmp_path / "p.jsonl"))
-    mia_dpo.open_folder(cfg, tmp_path / "p")
-    (tmp_path / "p.jsonl").write_text("old\n")
-    mia_dpo.open_folder(dataclasses.replace(cfg, overwrite=True, seed=1), tmp_path / "p")
-    assert not (tmp_path / "p.jsonl").exists()
-    mia_dpo.open_folder(dataclasses.replace(cfg, seed=1), tmp_path / "p")  # interrupted then: the same command goes on
 
 
 def test_an_empty_answer_has_a_ratio_too():
@@ -721,7 +707,7 @@ def test_two_processes_build_what_one_builds(built, single, llava_dir, tmp_path)
 
 
 def train_command(pairs, model, out, *flags) -> list[str]:
-    common = ["--prompts_per_step", "4", "--prompts_per_forward", "2", "--lr", "1e-3", "--workers", "0", "--steps", "4"]
+    common = ["--prompts_per_step", "4", "--micro_batch", "4", "--lr", "1e-3", "--workers", "0", "--steps", "4"]
     return ["train", "--pairs", str(pairs), "--model", str(model), "--out", str(out), *common, *flags]
 
 
@@ -736,7 +722,7 @@ def test_training_raises_the_margin_and_writes_what_it_promises(built, llava_dir
     )
     assert rows[-1]["margin"] > 0.05 and rows[-1]["accuracy"] > rows[0]["accuracy"]
     assert rows[-1]["cross_entropy"] < rows[0]["cross_entropy"]
-    assert {"seconds_train", "seconds_reference", "grad_norm", "logp_chosen", "logp_rejected"} <= set(rows[0])
+    assert {"seconds/train", "seconds/reference", "grad_norm", "logp_chosen", "logp_rejected"} <= set(rows[0])
     details = rows_of(out / "rollouts.jsonl")
     assert len(details) == 48 and {"id", "margin", "logp_rejected"} <= set(details[0])
     assert (out / "curves.png").exists() and "chosen: <answer>" in (out / "setup.txt").read_text()
@@ -748,11 +734,11 @@ def test_the_logged_numbers_are_those_of_each_answer_alone(built, llava_dir, tmp
     """log pi of chosen and rejected against prompt and answer in one forward, without padding or sharing."""
     out = tmp_path / "dpo"
     mia_dpo.main(train_command(built, llava_dir, out, "--steps", "1", "--gamma", "0.5"))
-    model = models.load_model(str(llava_dir), None, torch.float32, torch.device("cpu"))
-    processor, fit, _ = models.load_processor(str(llava_dir), None, 401408, 3136)
+    model = virft.load_model(str(llava_dir), torch.float32, torch.device("cpu"))
+    processor, fit, *_ = virft.load_processor(SimpleNamespace(model=str(llava_dir), max_pixels=401408), "auto")
     examples = {e.id: e for e in mia_dpo.read_pairs(built)}
     encoder = data.Prompts(data.TASKS["rows"], [], processor, fit, "relative")
-    _, forbidden = models.special_tokens(model, processor)
+    _, forbidden = virft.special_tokens(model, processor)
     for row in rows_of(out / "rollouts.jsonl"):
         prompt, logps = encoder.encode(examples[row["id"]]), []
         for answer in prompt.solution:
@@ -767,10 +753,10 @@ def test_the_logged_numbers_are_those_of_each_answer_alone(built, llava_dir, tmp
 
 def test_gradients_do_not_depend_on_micro_batches_of_pairs(built, llava_dir, tmp_path):
     norms = []
-    for size in ("1", "3", "4"):
-        mia_dpo.main(train_command(built, llava_dir, tmp_path / size, "--steps", "1", "--prompts_per_forward", size))
+    for size in ("1", "2", "6", "8"):
+        mia_dpo.main(train_command(built, llava_dir, tmp_path / size, "--steps", "1", "--micro_batch", size))
         norms.append(rows_of(tmp_path / size / "metrics.jsonl")[0]["grad_norm"])
-    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
 
 
 def weights_of(out) -> dict[str, torch.Tensor]:
@@ -798,7 +784,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(built, llava_dir, tmp_path)
 
 
 def test_two_processes_train_as_one(built, llava_dir, tmp_path):
-    flags = ("--steps", "2", "--lr", "1e-4", "--prompts_per_forward", "1")
+    flags = ("--steps", "2", "--lr", "1e-4", "--micro_batch", "2")
     mia_dpo.main(train_command(built, llava_dir, tmp_path / "one", *flags))
     launch("mia_dpo.py", 2, *train_command(built, llava_dir, tmp_path / "two", *flags))
     first, second = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
@@ -848,7 +834,7 @@ def test_an_empty_file_of_pairs_says_why(tmp_path):
     ("--task coco", "--data None: must be given"),
     ("--data x --limits grid5=0.2", "--limits .* shares, of sequence2"),
     ("--data x --task nonsense", "--task nonsense: must be one of .*captions"),
-    ("--data x --selection best", "--selection best: must be attention, random or none"),
+    ("--data x --selection best", "--selection best: must be one of attention, random, none"),
     ("--data x --out pairs", "--out pairs: must be a file NAME.jsonl"),
 ])  # fmt: skip
 def test_wrong_flags_of_build_are_named(flags, said):
@@ -857,7 +843,7 @@ def test_wrong_flags_of_build_are_named(flags, said):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--beta 0", "--beta 0.0: must be above 0"), ("--gamma -1", "--gamma -1.0: must be 0 or more"),
+    ("--beta 0", "--beta 0.0: must be above 0"), ("--gamma -1", "--gamma -1.0: must be at least 0"),
     ("--epochs 0", "--epochs 0.0: must be above 0"), ("--lr 0", "--lr 0.0: must be above 0"),
 ])  # fmt: skip
 def test_wrong_flags_of_train_are_named(flags, said):
@@ -880,9 +866,10 @@ def test_help_documents_every_flag():
 
 def test_every_setting_is_read():
     """As cfg.NAME here or in what virft.py does for any method, or by its name where several go to the reader."""
-    ours, theirs = (ROOT / "mia_dpo.py").read_text(), (ROOT / "virft.py").read_text()
+    ours = (ROOT / "mia_dpo.py").read_text()
+    theirs = "".join(file.read_text() for file in [ROOT / "virft.py", *(ROOT / "extras").rglob("*.py")])
     reader = re.search(r"getattr\(cfg, name\) for name in \(([^)]*)\)", ours)[1]
-    for config, source in ((mia_dpo.BuildConfig, ours), (mia_dpo.TrainConfig, ours + theirs)):
+    for config, source in ((mia_dpo.BuildConfig, ours + theirs), (mia_dpo.TrainConfig, ours + theirs)):
         for field in dataclasses.fields(config):
             assert re.search(rf"\bcfg\.{field.name}\b", source) or f'"{field.name}"' in reader, field.name
 
@@ -902,7 +889,7 @@ def test_multi_image_prompts_train_under_virft(single, llava_dir, tmp_path):
     marked = "".join(f"Image {i}: {'<image>' * 16}\n" for i in (1, 2, 3))
     assert marked + "In Image" in shown
     flags = f"--task rows --data {file} --model {llava_dir} --max_completion_tokens 6 --workers 0 --think false"
-    training = "--steps 2 --prompts_per_step 4 --prompts_per_forward 2 --group_size 4 --lr 1e-3"
+    training = "--steps 2 --prompts_per_step 4 --micro_batch 8 --group_size 4 --lr 1e-3"
     # Any rubbish earns something, so that rewards vary within groups.
     (tmp_path / "my.py").write_text("def length(completion, solution):\n    return len(completion) % 7 / 7\n")
     virft.main(

@@ -17,12 +17,13 @@ from conftest import ROOT, SHARED, shared
 from PIL import Image
 
 import data
-import evaluate
+
 import mia_dpo
 import rewards
 import virft
 from data import TASKS, Choice, DataError, Fit
 from demo import shapes
+from extras import evaluate
 
 FIT = Fit(28, 3136, 401408)
 
@@ -580,9 +581,13 @@ def signals():
 
 
 SMALL = (
-    "--max_completion_tokens 12 --group_size 2 --prompts_per_step 2 --steps 2 --workers 0 --beta 0 --lr 0.001 "
-    "--picture_every 2"
+    "--max_completion_tokens 12 --group_size 2 --prompts_per_step 2 --steps 2 --workers 0 --beta 0 --lr 0.001"
 )
+
+
+@pytest.fixture(autouse=True)
+def pictures_often(monkeypatch):
+    monkeypatch.setattr(virft, "PICTURE_EVERY", 2)
 
 
 def run_main(command: str, model: Path, out: Path) -> list[dict]:
@@ -600,7 +605,7 @@ def test_my_reward_on_my_rows(llava_dir, tmp_path, monkeypatch, signals):
     picture(tmp_path / "b.png", (30, 50))
     monkeypatch.chdir(tmp_path)
     metrics = run_main(MY_COMMAND, llava_dir, tmp_path / "run")
-    assert len(metrics) == 2 and {"reward_closeness", "reward_format"} <= metrics[0].keys()
+    assert len(metrics) == 2 and {"reward/closeness", "reward/format"} <= metrics[0].keys()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["rewards"] == ["my_rewards.py:closeness", "format=0.5"]
     chosen = rewards.choose_rewards(rewards.reward_weights(config["rewards"]))
@@ -625,7 +630,6 @@ BAD_REWARDS = {  # what is wrong: (entry, what the error must say)
     "no weight": ("iou=", "the weight of iou= is not a number; name=weight expected"),
     "infinite weight": ("iou=inf", "the weight of iou=inf is not a number"),
     "twice": ("iou iou=2", "iou is named twice"),
-    "a column's name": ("iou mine.py:reward", "has the name reward: rename yours"),
     "two of a name": ("iou mine.py:iou", "two rewards are called iou"),
     "unknown": ("iuo", "unknown reward iuo; known are iou.*file.py:function"),
 }  # fmt: skip
@@ -635,7 +639,6 @@ def one(completion): return 1.0
 def three(completion, solution, image): return 1.0
 def good(completion, solution, think=True): return float(think)
 def iou(completion, solution): return 1
-def reward(completion, solution): return 1
 def nothing_at_all(completion, solution): pass
 def not_a_number(completion, solution): return float("nan")
 """
@@ -647,7 +650,7 @@ def test_rewards_that_cannot_be_used_are_named(tmp_path, monkeypatch, name):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"--rewards {entry.split()[0]}.*: .*{message}"):
-        virft.rewards_of(virft.parse_config(["--rewards", *entry.split()]))
+        virft.start(virft.parse_config(["--rewards", *entry.split()]))
 
 
 @pytest.mark.parametrize("function", ["nothing_at_all", "not_a_number"])
@@ -783,7 +786,7 @@ def test_an_interrupted_evaluation_goes_on(llava_dir, tmp_path, monkeypatch, cap
     """Stop after two of four batches, with half a line written: the same command finishes it and asks nothing twice."""
     command = (
         f"--task coco --data {SHARED / 'coco_mini'} --model {llava_dir} --eval_only true --eval_limit 12 "
-        "--eval_batch 3 --max_completion_tokens 8 --workers 0"
+        "--prompts_per_step 3 --max_completion_tokens 8 --workers 0"
     )
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     virft.main([*command.split(), "--out", str(whole)])
@@ -803,7 +806,7 @@ def test_an_interrupted_evaluation_goes_on(llava_dir, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="--out .*: must be new"):
         virft.main([*command.split(), "--out", str(out), "--max_pixels", "5000"])
     virft.main([*command.split(), "--out", str(out)])
-    assert calls[3:] == [[6, 7, 8], [9, 10, 11]] and "going on with 6 of 12 answers" in capsys.readouterr().out
+    assert calls[3:] == [[6, 7, 8], [9, 10, 11]] and "continuing with 6 of 12 answers" in capsys.readouterr().out
     for name in ("predictions.jsonl", "scores.json"):
         assert (out / name).read_text() == (whole / name).read_text()
     assert not list(out.glob("predictions.*.jsonl"))
