@@ -26,10 +26,20 @@ PROMPT_LINES = 12  # of the first prompt that the start of a run prints
 
 
 def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) -> None:
-    """Print what a person should check before the first step, in at most 25 lines, and write all of it to OUT/setup.txt.
+    """Print what a person should check before the first step, in at most 25 lines; write all of it to OUT/setup.txt.
 
     per_prompt, what: completions of a prompt and what they are called; notes: lines after the first prompt.
     """
+    lines, prompt = description(run, per_prompt, what)
+    more = [f"... {len(prompt) - PROMPT_LINES} lines more in setup.txt"] if len(prompt) > PROMPT_LINES else []
+    run.say("\n".join([*lines, *prompt[:PROMPT_LINES], *more, *notes]))
+    if run.main:
+        settings = [f"  {name} = {value!r}" for name, value in asdict(run.cfg).items()]
+        (Path(run.cfg.out) / "setup.txt").write_text("\n".join([*settings, *lines, *prompt, *notes]) + "\n")
+
+
+def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[str]]:
+    """Return the lines about a run and the lines of its first prompt."""
     cfg, default, (first,) = run.cfg, type(run.cfg)(), data.whole([run.prompts[0, 0]])
     settings = asdict(cfg)
     changed = [f"--{name} {value}" for name, value in settings.items() if value != getattr(default, name)]
@@ -39,12 +49,7 @@ def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     if run.prompts.task.boxes:
         convention = first.example.coordinates or run.prompts.coordinates
         lines.append(f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({convention})")
-    prompt = describe_prompt(run, first).splitlines()
-    more = [f"... {len(prompt) - PROMPT_LINES} lines more in setup.txt"] if len(prompt) > PROMPT_LINES else []
-    run.say("\n".join([*lines, *prompt[:PROMPT_LINES], *more, *notes]))
-    if run.main:
-        everything = [f"  {name} = {value!r}" for name, value in settings.items()]
-        (Path(cfg.out) / "setup.txt").write_text("\n".join([*everything, *lines, *prompt, *notes]) + "\n")
+    return lines, describe_prompt(run, first).splitlines()
 
 
 def describe_steps(run: Any, per_prompt: int, what: str) -> str:
@@ -190,6 +195,8 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
     if run.main:
         draw_answer(task, chosen[0], first.texts[0], picture)
     found = doubts(facts, coordinates)
+    lines, first_prompt = description(run, cfg.group_size, "completions")
+    run.say("\n".join([*lines, *first_prompt]))
     run.say(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
     run.say("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
     run.say("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in first.texts[: cfg.group_size]))

@@ -22,6 +22,7 @@ def shard(*models: nn.Module | None) -> None:
         fully_shard(model)
         for part in parts(model):
             part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
 
 
 def parts(model: nn.Module) -> list[FSDPModule]:

@@ -743,7 +743,7 @@ except data.DataError as error:
 
 
 README_COMMANDS = dict(
-    re.findall(r"^\| `(\w+)` \|.*\| `(--task [^`]*)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    re.findall(r"^\| `(\w+)` \|.*\| `(--task [^`]*)` \|", (ROOT / "docs" / "tasks.md").read_text(), re.MULTILINE)
 )
 
 
