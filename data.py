@@ -277,9 +277,7 @@ class Choice:
     categories: str | None = None  # names separated by commas, or one of CATEGORY_SPLITS or base65; None: all
     shots: int | None = None  # images per category, chosen by seed; None: all
     negatives: float = 0.0  # share of examples that ask for a category that the image does not show
-    # Categories asked for each image in evaluation: gt, those that it shows (and negatives); all, every one in the
-    # file; listed, those of `categories`.
-    eval_categories: str = "gt"
+    eval_categories: str = "gt"  # asked of each image: those it shows and negatives; all; listed, those of `categories`
     seed: int = 0
     skip_bad_images: bool = False  # leave out and count bad images or rows, which are otherwise an error
 
@@ -330,18 +328,21 @@ def refuse(choice: Choice, reason: str, *flags: str) -> None:
             raise DataError(f"--{flag} {getattr(choice, flag)}: {reason}")
 
 
-def extra_reader(needed_by: str, module: str, function: str, *args) -> Any:
-    """Call a function of extras/readers/MODULE.py, which is imported only here: data.py works without extras/.
-
-    needed_by: the flag to name if the file is missing. A function, so that a task that holds it pickles for workers.
-    """
+def extra(name: str, asked_by: str | None = None) -> Any:
+    """Import extras/NAME.py. Without the folder: SystemExit that names what asked for it; None if nothing did."""
     try:
-        reader = importlib.import_module(f"extras.readers.{module}")
+        return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "extras":
-            raise  # a package that the reader needs
-        raise DataError(f"{needed_by} needs extras/readers/{module}.py, which is not beside data.py") from None
-    return getattr(reader, function)(*args)
+        if not (error.name or "").startswith("extras"):
+            raise  # a package that it needs
+        if asked_by:
+            file = f"extras/{name.replace('.', '/')}.py"
+            raise SystemExit(f"{asked_by} needs {file}: copy the folder extras beside virft.py") from None
+
+
+def extra_reader(asked_by: str, module: str, function: str, *args) -> Any:
+    """Call a function of extras/readers/MODULE.py. Being a named function it pickles, in tasks, for loaders' workers."""
+    return getattr(extra(f"readers.{module}", asked_by), function)(*args)
 
 
 def read_text(file: Path, encoding: str = "UTF-8") -> str:
@@ -918,9 +919,9 @@ def content_of(question: str, images: int) -> list[dict[str, str]]:
 def draw_examples(
     seed: int, examples: int, prompts_per_step: int, step: int, round: int, slots: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the example of each slot of a step, as (slot, index): a function of the seed, so there is no state to save.
+    """Return the example of each slot of a step, (slot, index): a function of the seed, so there is no state to save.
 
-    Each epoch sees every example once, in an order of its own. round: 0; others draw other examples for the same step.
+    An epoch sees every example once, in its own order. Rounds after 0 draw other examples for the same step.
     """
     places = [divmod((step - 1) * prompts_per_step + slot, examples) for slot in slots]
     return [(slot, epoch_order(seed, round, epoch, examples)[i]) for slot, (epoch, i) in zip(slots, places)]
@@ -953,11 +954,6 @@ def collate(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
             fill = pad_id if name == "input_ids" else 0
             tensors = [F.pad(t, (0, 0) * (t.dim() - 2) + (length - t.shape[1], 0), value=fill) for t in tensors]
         widest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
-        batch[name] = torch.cat([_pad_to(t, widest) for t in tensors])
+        missing = [[n for most, have in zip(widest[::-1], t.shape[:0:-1]) for n in (0, most - have)] for t in tensors]
+        batch[name] = torch.cat([F.pad(t, zeros) for t, zeros in zip(tensors, missing)])
     return batch
-
-
-def _pad_to(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Append zeros along every dimension but the first, up to `sizes`."""
-    missing = [n for size, have in zip(reversed(sizes), reversed(tensor.shape[1:])) for n in (0, size - have)]
-    return F.pad(tensor, missing)

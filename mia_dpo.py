@@ -1,8 +1,8 @@
 """MIA-DPO: preference pairs from a model's own confusion of images, and DPO on them.
 
 MIA-DPO (arXiv 2410.17637) teaches a vision-language model to answer about the right one of several images, without
-annotation. Questions about single images, whose answers are known, are put among other images; what the model says while
-it looks at the wrong image becomes the answer to avoid.
+annotation. Questions about single images, whose answers are known, are put among other images; what the model says
+while it looks at the wrong image becomes the answer to avoid.
 
   1. q          put a question's image among others: a sequence, a grid, a picture in a picture; say which is meant
   2. o          sample the model's answer
@@ -18,17 +18,18 @@ it looks at the wrong image becomes the answer to avoid.
     accelerate launch mia_dpo.py train --pairs pairs.jsonl --model NAME --out runs/mia_dpo
     bash run.sh demo mia-dpo                                        # offline demo, no GPU
 
-The bricks and the loop are those of virft.py: the chosen and the rejected answer to one prompt are a group of two, and the
-prompt is encoded once.
+The bricks and the loop are those of virft.py: the chosen and the rejected answer to one prompt are a group of two, and
+the prompt is encoded once.
 
 What differs from the paper and its released code, and why:
 
-  - The attention is that of the positions which predict the answer's tokens (the first is the prompt's last token): there
-    an answer is chosen. The attention of the answer's last token decides nothing.
+  - The attention is that of the positions which predict the answer's tokens (the first is the prompt's last token):
+    there an answer is chosen. The attention of the answer's last token decides nothing.
   - No noise is put on the target image before the answer is sampled; the paper knows none, the released code does.
   - The paper names a length ratio and an edit distance without their limits; ours are flags of BuildConfig.
   - A share of attention equal to the limit counts as low in every layout; the released code says < for collages.
-  - By default all weights are trained at lr 5e-6; the released script takes --lora_rank 128 --lr 5e-5 --gamma 0 --epochs 1.
+  - By default all weights are trained at lr 5e-6; the released script takes --lora_rank 128 --lr 5e-5 --gamma 0
+    --epochs 1.
 
 Shapes in comments as in virft.py; K images or regions, T image tokens of a prompt.
 """
@@ -55,7 +56,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
-from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task
+from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task, extra
 from extras.adapters import language_model
 from extras.evaluate import read_predictions
 from extras.report import draw_pair, plot_curves
@@ -64,8 +65,8 @@ from virft import (  # of the algorithm
     MicroBatch, branch, completion_mask, fork, log_distribution, optimizer_step, prefill, sample, sampling_noise,
 )  # fmt: skip
 from virft import (  # of settings, loading and the loop
-    Averages, Config, Run, build as build_run, connect, due, extra, guarded, load_processor, obey, open_out, out_rule, parse,
-    save_model, setting, training_rules, write, write_model,
+    Averages, Config, Run, build as build_run, connect, due, guarded, load_processor, obey, open_out, out_rule,
+    parse, save_model, setting, write,
 )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ PUBLISHED_MIX = [
 class BuildConfig:
     """Hold every setting of `build`."""
 
-    task: str = setting("captions", "captions (COCO's), or a task of virft.py", "Questions", choices=("captions", *TASKS))
+    task: str = setting("captions", "COCO's captions, or a task of virft.py", "Questions", choices=("captions", *TASKS))
     data: str | None = setting(None, "dataset folder or file of questions about single images")
     categories: str | None = as_in_virft("categories")
     shots: int | None = as_in_virft("shots")
@@ -128,7 +129,7 @@ class BuildConfig:
         choices=("attention", "random", "none"),
     )  # fmt: skip
     layer: int | None = setting(None, "layer whose attention is read, counted from 0; default: the middle one", least=0)
-    limits: list[str] = setting([], "shares of attention above which an answer looked right, if not as published: grid4=0.25")
+    limits: list[str] = setting([], "share of attention above which an answer looked right, by layout: grid4=0.25")
     min_perplexity: float = setting(1.1, "drop answers of at most this perplexity: the model was sure of them")
     max_length_ratio: float = setting(4.0, "drop answers so many times longer or shorter, in words, than the right one")
     min_edit_distance: float = setting(0.1, "drop answers that differ from the right one in a smaller share of words")
@@ -139,7 +140,7 @@ class BuildConfig:
 class TrainConfig:
     """Hold every setting of `train`."""
 
-    pairs: str = setting("pairs.jsonl", "rows {id, image, prompt, chosen, rejected}, as `build` writes", "What is trained on what")
+    pairs: str = setting("pairs.jsonl", "rows {id, image, prompt, chosen, rejected}", "What is trained on what")
     model: str = as_in_virft("model")
     out: str = as_in_virft("out", "runs/mia_dpo")
     max_pixels: int = as_in_virft("max_pixels")
@@ -152,7 +153,7 @@ class TrainConfig:
     epochs: float = setting(3.0, "passes over the pairs", "Optimization", above=0)
     steps: int = setting(0, "training steps; 0: as many as --epochs makes", least=0)
     prompts_per_step: int = setting(16, "pairs of one step over all processes", least=1)
-    micro_batch: int = setting(2, "answers of one training pass, two a pair; several pairs are encoded at once", least=0)
+    micro_batch: int = setting(2, "answers of a training pass, two a pair; several pairs are encoded at once", least=0)
     lr: float = as_in_virft("lr", 5e-6)
     warmup_steps: int = as_in_virft("warmup_steps")
     seed: int = setting(0, "seed of the order of the pairs")
@@ -200,7 +201,7 @@ def grid_collage(images: Sequence[Image.Image], cell: int = 448) -> tuple[Image.
 
 
 def picture_in_picture(target: Image.Image, background: Image.Image) -> tuple[Image.Image, Box]:
-    """The target at the background's center, as large as PIP_SHARE of its sides allows, aspect kept; and where it lies."""
+    """Paste the target at the background's center, as large as PIP_SHARE of its sides allows; return it and its box."""
     width, height = background.size
     most = max(1, int(PIP_SHARE * width)), max(1, int(PIP_SHARE * height))
     small = ImageOps.contain(target, most, Image.Resampling.BICUBIC)
@@ -259,7 +260,7 @@ def regions(layout: Layout, rows: int, columns: int) -> Tensor:
 
 
 def attention_shares(attention: Tensor, parts: Tensor, mean: bool) -> Tensor:
-    """How an answer's attention to image tokens, [T], is shared out among the parts, bool [K, T]; the result adds up to 1.
+    """Divide an answer's attention to image tokens, [T], among the parts, bool [K, T]; the shares add up to 1.
 
     mean: compare means per token (images of a sequence, which may differ in size), not sums (regions of a collage).
     """
@@ -290,14 +291,15 @@ def attending(model: nn.Module) -> Iterator[Any]:
 
 
 def look(
-    model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, group_size: int, layer: int | None, forbidden: Tensor
+    model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor, group_size: int, layer: int | None,
+    forbidden: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Where the model looks while it gives its answers, and how sure it is of them.
+    """Measure where the model looks while it gives its answers, and how sure it is of them.
 
-    ids [B * G, C]: answers to B prompts; mask: which of the tokens count (of an empty answer the first). Returns the attention
-    to each token of the prompt, [B * G, P], averaged over heads and over the positions that predict the answer, and the
-    perplexity [B * G]:
-    exp of the mean negative log-probability of the most probable token at each of them, the published definition.
+    ids [B * G, C]: answers to B prompts; mask: the tokens that count (of an empty answer the first). Returns the
+    attention to each token of the prompt, [B * G, P], averaged over heads and over the positions that predict the
+    answer, and the perplexity [B * G]: exp of the mean negative log-probability of the most probable token at each of
+    them, the published definition.
     """
     length = inputs["input_ids"].shape[1]
     sequences = {name: x for name, x in inputs.items() if x.shape[:2] == inputs["input_ids"].shape}
@@ -371,7 +373,7 @@ def select(candidates: Sequence[dict], cfg: BuildConfig) -> list[dict]:
     """The candidates with `dropped`: the filter that dropped each, None for those that become pairs.
 
     An answer that was sampled twice to one question is "repeated" the second time.
-    random keeps as many of every layout as attention does, by lot among those that only attention might drop: the control.
+    The control, random, keeps as many of every layout as attention, by lot among those that only attention can drop.
     """
     limits, seen = limits_of(cfg), set()
     judged = [candidate | {"dropped": flaw(candidate, cfg, limits)} for candidate in candidates]
@@ -432,9 +434,9 @@ def dpo_update(run: Run, prompts: list[Prompt], step: int) -> tuple[Averages, li
             cross_entropy = -logp[:, 0] / mask.sum(1).view(-1, 2)[:, 0]  # per token: long answers count no more
             loss, margin = dpo + cfg.gamma * cross_entropy, rewards[:, 0] - rewards[:, 1]
             columns = {
-                "loss": loss, "dpo_loss": dpo, "cross_entropy": cross_entropy, "margin": margin, "accuracy": (margin > 0).float(),
-                "reward_chosen": rewards[:, 0], "reward_rejected": rewards[:, 1], "logp_chosen": logp[:, 0],
-                "logp_rejected": logp[:, 1],
+                "loss": loss, "dpo_loss": dpo, "cross_entropy": cross_entropy, "margin": margin,
+                "accuracy": (margin > 0).float(), "reward_chosen": rewards[:, 0], "reward_rejected": rewards[:, 1],
+                "logp_chosen": logp[:, 0], "logp_rejected": logp[:, 1],
             }  # fmt: skip
             columns = {name: values.detach() for name, values in columns.items()}
             for name, values in columns.items():
@@ -453,9 +455,8 @@ def dpo_update(run: Run, prompts: list[Prompt], step: int) -> tuple[Averages, li
 # The machinery of `build`.
 
 
-CAPTIONS = replace(
-    TASKS["rows"], name="captions", read=functools.partial(data.extra_reader, "--task captions", "captions", "read_captions")
-)
+read_captions = functools.partial(data.extra_reader, "--task captions", "captions", "read_captions")
+CAPTIONS = replace(TASKS["rows"], name="captions", read=read_captions)
 
 
 def single_image_question(
@@ -481,8 +482,7 @@ class Question(NamedTuple):
 
 @dataclass(eq=False)
 class Questions(Dataset):
-    """One question about each example of `prompts`, composed and encoded by a loader's workers; a DataError in its place
-    where an image does not open."""
+    """Compose and encode one question about each example in a loader's workers; a DataError if an image does not open."""
 
     prompts: Prompts
     mix: dict[str, float]
@@ -562,8 +562,8 @@ def image_parts(prompts: Prompts, question: Question, prompt: Prompt, tokens: in
         counts = counts or [tokens // len(sizes)] * len(sizes)
         if sum(counts) != tokens:
             raise SystemExit(
-                f"{type(prompts.processor).__name__}: {tokens} image tokens in a prompt whose images have {counts}: attention "
-                "cannot be told apart by image"
+                f"{type(prompts.processor).__name__}: {tokens} image tokens in a prompt whose images have {counts}: "
+                "attention cannot be told apart by image"
             )
         return torch.eye(len(sizes), dtype=torch.bool).repeat_interleave(torch.tensor(counts), 1), True
     return regions(layout, *token_grid(prompts.processor, prompt.inputs, tokens)), False
@@ -599,7 +599,8 @@ def token_grid(processor: Any, inputs: dict[str, Tensor], tokens: int) -> tuple[
         ):
             return rows, tokens // rows
     raise SystemExit(
-        f"{type(processor).__name__} cuts images into tiles, whose tokens are no map of the image: --layouts without grids and pip"
+        f"{type(processor).__name__} cuts images into tiles, whose tokens are no map of the image: "
+        "--layouts without grids and pip"
     )
 
 
@@ -667,12 +668,14 @@ def write_rows(file: Path, rows: Sequence[dict], images: str) -> None:
 
 
 def parse_build(argv: Sequence[str]) -> BuildConfig:
-    cfg = parse(BuildConfig, argv, prog="mia_dpo.py build", usage="%(prog)s --task TASK --data DIR --model NAME [flags]")
+    usage = "%(prog)s --task TASK --data DIR --model NAME [flags]"
+    cfg = parse(BuildConfig, argv, prog="mia_dpo.py build", usage=usage)
     try:
         mix, limits = reward_weights(cfg.layouts), reward_weights(cfg.limits)
     except ValueError as error:
         raise SystemExit(f"--layouts {' '.join(cfg.layouts)} --limits {' '.join(cfg.limits)}: {error}") from None
-    folder, used = Path(cfg.out).with_suffix("").resolve(), [Path(path).resolve() for path in (cfg.data, cfg.model) if path]
+    folder = Path(cfg.out).with_suffix("").resolve()
+    used = [Path(path).resolve() for path in (cfg.data, cfg.model) if path]
     good = mix and mix.keys() <= LAYOUTS.keys() and min(mix.values()) > 0
     inside = any(folder == path or folder in path.parents for path in used)
     obey(cfg, [
@@ -721,7 +724,7 @@ def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
 
 
 def build(argv: list[str]) -> None:
-    """Items 1 to 4 of the method: candidates, one file per process as they come; then the selection over all of them."""
+    """Do items 1 to 4: write candidates as they come, a file per process, then select among all of them."""
     cfg = parse_build(argv)
     accelerator, out = connect(cfg), Path(cfg.out)
     folder, main = out.with_suffix(""), accelerator.is_main_process
@@ -788,7 +791,8 @@ def finish_build(cfg: BuildConfig, candidates: list[dict], folder: Path) -> None
     published = ("id", "image", "prompt", "chosen", "rejected", "gt", "layout", "ratio")
     write_rows(Path(cfg.out), [{name: pair[name] for name in published} for pair in pairs], "image")
     print(
-        f"{table}\n{len(pairs)} pairs in {cfg.out}; all answers in {folder / 'candidates.jsonl'}, pictures in {folder / 'pictures'}"
+        f"{table}\n{len(pairs)} pairs in {cfg.out}; all answers in {folder / 'candidates.jsonl'}, "
+        f"pictures in {folder / 'pictures'}"
     )
 
 
@@ -825,7 +829,7 @@ def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
 
 def parse_train(argv: Sequence[str]) -> TrainConfig:
     cfg = parse(TrainConfig, argv, prog="mia_dpo.py train", usage="%(prog)s --pairs FILE --model NAME [flags]")
-    obey(cfg, [*training_rules(cfg), out_rule(cfg, may_exist=cfg.resume)])
+    obey(cfg, [out_rule(cfg, may_exist=cfg.resume)])
     return cfg
 
 
@@ -847,7 +851,7 @@ def train(argv: Sequence[str]) -> None:
             write(run, step, metrics, rows, shown=("margin", "accuracy", "logp_chosen"))
             stop = stopping()
             if stop or due(step, cfg.save_every):
-                extra("checkpoints", "--save_every").save(run, write_model)
+                extra("checkpoints", "--save_every").save(run)
             if stop:
                 break
         else:

@@ -27,15 +27,11 @@ setup() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
     if [ "$gpu" = nvidia ]; then
         .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(pinned torchvision)"
-        echo "Installing $(pinned flash-attn); without a ready-made wheel this compiles for a long time (interrupt to go on without it)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check wheel setuptools ninja psutil &&
-            .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation "$(pinned flash-attn)" ||
-            echo "flash-attn cannot be installed here: going on with PyTorch's own attention (SDPA)"
     fi
     touch "$stamp"
 }
 
-# The version of a package that requirements.txt holds as a comment, because only NVIDIA machines get it.
+# Print the version of a package that requirements.txt holds as a comment, because only NVIDIA machines get it.
 pinned() { sed -n "s/^# \($1==.*\)/\1/p" requirements.txt; }
 
 launch() {

@@ -36,7 +36,6 @@ import contextlib
 import copy
 import difflib
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -65,12 +64,12 @@ from transformers import DynamicCache, DynamicLayer, StaticLayer
 from transformers.hf_argparser import string_to_bool
 
 import data
-from data import CATEGORY_SPLITS, CONVENTIONS, MIN_PIXELS, TASKS, DataError, Example, Prompt, Prompts
+from data import CATEGORY_SPLITS, CONVENTIONS, MIN_PIXELS, TASKS, DataError, Example, Prompt, Prompts, extra
 from rewards import choose_rewards, reward_weights
 
 
 def setting(default: Any, help: str, heading: str | None = None, **rules) -> Any:
-    """Declare a field of Config; rules: least, above, below or choices of its values; heading: the one it begins in --help."""
+    """Declare a field of Config; rules: least, above, below or choices of its values; heading: starts one in --help."""
     usual = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**usual, metadata={"help": help, "heading": heading, "rules": rules})
 
@@ -92,7 +91,7 @@ class Config:
     skip_bad_images: bool = setting(False, "leave out and count images that are missing, broken or wrongly annotated")
     max_pixels: int = setting(401408, "largest image in pixels (401408 = 512 patches of 28 x 28)", least=MIN_PIXELS)
     coordinates: str = setting("auto", "what the model speaks; relative: 0..1000", choices=("auto", *CONVENTIONS))
-    think: bool = setting(True, "ask for <think> before <answer>; false: for the answer alone, in the format reward too")
+    think: bool = setting(True, "ask for <think> before <answer>; false: answer alone, also in the format reward")
     system_prompt: str | None = setting(None, "system message before each question")
 
     rewards: list[str] = setting([], "such as iou=1 brier=0.5 my.py:my_reward=2; default: the task's", "The algorithm")
@@ -101,7 +100,7 @@ class Config:
     max_completion_tokens: int = setting(512, "completions that have not ended by then are truncated", least=1)
     temperature: float = setting(1.0, "temperature of sampler and scorer alike", above=0)
     loss: str = setting("grpo", "what token losses are averaged over", choices=lambda: NORMALIZATIONS)
-    scale_advantages: str = setting("auto", "by 1 / std; auto: as published, not in dr_grpo", choices=("auto", "true", "false"))
+    scale_advantages: str = setting("auto", "divide by std; auto: not in dr_grpo", choices=("auto", "true", "false"))
     clip: list[float] = setting([0.2, 0.2], "how far the ratio may fall below and rise above 1 (epsilon)", least=0)
     beta: float = setting(0.04, "weight of the KL to the reference model; 0 loads no reference", least=0)
     inner_epochs: int = setting(1, "optimizer steps on the same completions; clipping acts from the second on", least=1)
@@ -109,7 +108,7 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of one step over all processes; evaluation decodes as many", least=1)
-    micro_batch: int = setting(0, "completions of one training pass, a part of a group or several; 0: one group", least=0)
+    micro_batch: int = setting(0, "completions of a training pass: part of a group or several; 0: one group", least=0)
     lr: float = setting(1e-6, "peak learning rate, decaying linearly to 0", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
@@ -127,7 +126,7 @@ class Config:
     eval_only: bool = setting(False, "evaluate --model on the validation split and stop")
     eval_every: int = setting(0, "steps between evaluations; 0: none", least=0)
     eval_limit: int | None = setting(None, "evaluate on this many examples, chosen by seed; default: all", least=1)
-    eval_categories: str = setting("gt", "ask for those in the image (gt), all, or all of --categories", choices=("gt", "all", "listed"))
+    eval_categories: str = setting("gt", "gt: what an image shows; listed: --categories", choices=("gt", "all", "listed"))
     report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
 
 
@@ -157,8 +156,8 @@ class Prefix(NamedTuple):
 def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     """Run B left-padded prompts and their images through the model, once for all their completions."""
     mask = inputs["attention_mask"]  # [B, P]
-    # Positions must not count padding. Models with several rotary axes (Qwen-VL, GLM-V) derive theirs from mask and image
-    # grids, and note in rope_deltas how far they lag behind the length: an image takes fewer positions than tokens.
+    # Positions must not count padding. Models with several rotary axes (Qwen-VL, GLM-V) derive theirs from mask and
+    # image grids, and note in rope_deltas how far they lag behind the length: an image has fewer positions than tokens.
     axes = next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
     told = {} if axes else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     out = model(**inputs, **told, use_cache=True, logits_to_keep=1)
@@ -233,7 +232,7 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     as it is; of two it would build one per token and wait for the GPU. Sliding layers have kept the last keys only.
     """
     text = model.config.get_text_config()
-    kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None) or mask.shape[1]
+    kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None) or 2**31
     keys = min(layer.keys.shape[-2] for layer in cache.layers if isinstance(layer, StaticLayer))
     near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, -keys:]
     seen = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}
@@ -248,9 +247,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sample G completions of each of B prompts; return token ids and their log-probabilities, both [B * G, C].
 
-    noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its first
-    EOS a row is padded with EOS. Between two looks no shape changes and the CPU does not wait for the GPU; therefore rows
-    that have ended are decoded on until half of them have.
+    noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its
+    first EOS a row is padded with EOS. Between two looks no shape changes and the CPU does not wait for the GPU, so
+    rows that have ended are decoded further until half of the rows have.
     """
     B, P = inputs["input_ids"].shape
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
@@ -298,7 +297,7 @@ def sample(
 
 
 def completion_mask(ids: Tensor, eos: Tensor) -> Tensor:
-    """Return True up to and including the first EOS of each row, [N, C]: the EOS is trained, the padding after it not."""
+    """Return True up to and including the first EOS of each row, [N, C]: the EOS is trained, the padding is not."""
     is_eos = torch.isin(ids, eos)
     return (is_eos.cumsum(1) - is_eos.long()) == 0  # by position: where pad == eos, a mask by value would drop the EOS
 
@@ -342,17 +341,17 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
 def completion_logps(
     model: nn.Module, prompts: Prefix, rows: Tensor, ids: Tensor, temperature: float, forbidden: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return log pi_theta(o_t | q, o_<t) and entropy of ids [n, C], both [n, C]; completion i continues prompt rows[i]."""
+    """Return log pi_theta(o_t | q, o_<t) and entropy, both [n, C], of ids [n, C]; row i continues prompt rows[i]."""
     if not isinstance(prompts, Prefix):  # linear attention: see `encode`
         return token_logps(prompts.logits(model, ids), ids, temperature, forbidden)
     prefix = fork(prompts, rows)
-    first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # the prompt predicts the first token
+    first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # the prompt predicts it
     rest = token_logps(branch(model, prefix, ids[:, :-1]), ids[:, 1:], temperature, forbidden)
     return torch.cat([first[0], rest[0]], 1), torch.cat([first[1], rest[1]], 1)
 
 
 def shares_prompt(model: nn.Module) -> bool:
-    """Return whether gradients pass through the model's cache: not with linear attention, which overwrites its state."""
+    """Return whether gradients pass through the model's cache: linear attention overwrites its state, they cannot."""
     return not any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=model.config).layers)
 
 
@@ -402,7 +401,7 @@ def backward(
 
 
 def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
-    """Return k3 = exp(d) - d - 1 with d = logp_ref - logp, per token: an estimate of KL(pi_theta || pi_ref). GRPO eq. 4.
+    """Estimate KL(pi_theta || pi_ref) per token: k3 = exp(d) - d - 1 with d = logp_ref - logp. GRPO eq. 4.
 
     It is unbiased for tokens of pi_theta and never negative; expm1 keeps the digits near d = 0. Its gradient is on
     average that of KL(pi_ref || pi_theta), which has the same minimum: GRPO trains with that, and so do we. It is part
@@ -424,7 +423,9 @@ NORMALIZATIONS = {
 }
 
 
-def clipped_ratio(logp: Tensor, logp_old: Tensor, A: Tensor, mask: Tensor, eps: Sequence[float]) -> tuple[Tensor, Tensor]:
+def clipped_ratio(
+    logp: Tensor, logp_old: Tensor, A: Tensor, mask: Tensor, eps: list[float]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return -min(rho A, clip(rho) A) per token and whether the clip removed its gradient, both [N, C]. GRPO eq. 3.
 
     logp, logp_old, mask [N, C]; A [N, 1]; eps: how far rho may fall below and rise above 1.
@@ -443,7 +444,7 @@ RATIO = "token"  # the entry that trains; a setting once there are two
 
 def grpo_loss(
     logp: Tensor, logp_old: Tensor, logp_ref: Tensor | None, advantages: Tensor, mask: Tensor, weights: Tensor,
-    eps: Sequence[float], beta: float,
+    eps: list[float], beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the sum over tokens of weight * (ratio loss + beta KL) and, per token [N, C], the KL and what was clipped.
 
@@ -585,7 +586,8 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
         trained = [p for p in run.model.parameters() if p.requires_grad]
         if run.accelerator.num_processes > 1 and not run.cfg.shard:  # shards are exchanged as they go backward
             exchange_gradients(trained)
-        norm = float(whole_tensor(nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)))
+        norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        norm = float(norm.full_tensor() if run.cfg.shard else norm)
         finite = math.isfinite(norm)  # of summed gradients: every process sees the same norm and decides alike
         if finite:
             run.whole = False  # until `write`: an error in between must leave no checkpoint of half a step
@@ -598,8 +600,8 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
 def exchange_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum every gradient over the processes: all that data parallelism is, once per optimizer step.
 
-    A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The sums are
-    asynchronous and tensor by tensor: flattened into one they would hold every gradient twice.
+    A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The calls
+    are asynchronous and tensor by tensor: flattened into one tensor the gradients would be in memory twice.
     """
     has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     dist.all_reduce(has, op=dist.ReduceOp.MAX)
@@ -625,7 +627,7 @@ def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
                 extra("evaluate", "--eval_every").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
             stop = stopping()
             if stop or due(step, cfg.save_every):
-                extra("checkpoints", "--save_every").save(run, write_model)
+                extra("checkpoints", "--save_every").save(run)
             if stop:
                 break
         else:
@@ -733,7 +735,8 @@ class Run:
         """Yield each step that is left with this process's prompts; set its learning rate and show progress."""
         cfg, seen, todo = self.cfg, set(), range(self.done + 1, self.cfg.steps + 1)
         slots = range(self.accelerator.process_index, cfg.prompts_per_step, self.accelerator.num_processes)
-        drawn = [data.draw_examples(cfg.seed, len(self.prompts.examples), cfg.prompts_per_step, step, 0, slots) for step in todo]
+        examples = len(self.prompts.examples)
+        drawn = [data.draw_examples(cfg.seed, examples, cfg.prompts_per_step, step, 0, slots) for step in todo]
         loader = DataLoader(self.prompts, batch_sampler=drawn, collate_fn=list, num_workers=cfg.workers)
         self.bar = tqdm(loader, initial=self.done, total=cfg.steps, disable=not self.main, dynamic_ncols=True)
         for step, prompts in zip(todo, self.bar):
@@ -747,26 +750,9 @@ class Run:
         self.bar.close()
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """Gather a tensor that is divided among the processes; return any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def extra(name: str, asked_by: str | None = None) -> Any:
-    """Import extras/NAME.py. Without the folder: SystemExit that names what asked for it, None if nothing did."""
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("extras"):
-            raise
-        if asked_by:
-            raise SystemExit(f"{asked_by} needs extras/{name}.py: copy the folder extras beside virft.py") from None
-
-
 def loading(what: str, name: str):
     """Explain what cannot be loaded, where extras/ is there to do it."""
-    hub = extra("hub")
-    return hub.loading(what, name) if hub else contextlib.nullcontext()
+    return extra("hub").loading(what, name) if extra("hub") else contextlib.nullcontext()
 
 
 def pretrained(auto: Any, model: str, **settings) -> Any:
@@ -783,23 +769,23 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module
 
 
 def load_processor(cfg: Any, coordinates: str) -> tuple[Any, data.Fit, str, int]:
-    """Load a model's processor; return it, how it sizes images, the coordinates, and how many tokens it has positions for."""
+    """Load a processor; return it, how it sizes images, the coordinates, and how many positions the model has."""
     config = pretrained(transformers.AutoConfig, cfg.model)
     processor = pretrained(transformers.AutoProcessor, cfg.model)
     if getattr(processor, "chat_template", None) is None:
-        raise SystemExit(f"model {cfg.model} has no chat template; an instruction-tuned vision-language model is expected")
+        raise SystemExit(f"model {cfg.model} has no chat template; an instruction-tuned model is expected")
     fit = data.image_fit(processor.image_processor, cfg.max_pixels)
     data.check_fit(processor.image_processor, fit)
     if coordinates == "auto":
-        coordinates = data.COORDINATES_OF_FAMILY.get(config.model_type)
+        coordinates = data.COORDINATES_OF_FAMILY.get(kind := config.model_type)
         if coordinates is None:
-            print(f"model type {config.model_type} is not known here: coordinates are 0..1000; see --coordinates", file=sys.stderr)
+            print(f"model type {kind} is not known: coordinates are 0..1000; see --coordinates", file=sys.stderr)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return processor, fit, coordinates or "relative", positions
 
 
 def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that end a completion (all EOS ids of the model) and those that none may contain (placeholders)."""
+    """Return the ids that end a completion (all EOS ids of the model) and those it may not contain (placeholders)."""
     text, tokenizer = model.config.get_text_config(), processor.tokenizer
     configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
     eos = {token for ids in configured if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
@@ -811,7 +797,7 @@ def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[in
 
 def load_examples(cfg: Config, split: str) -> list[Example]:
     """Load the examples of a split and print what was left out and why."""
-    task, bad = data.TASKS[cfg.task], cfg.skip_bad_images
+    task, bad = TASKS[cfg.task], cfg.skip_bad_images
     chosen = {"categories": cfg.categories, "negatives": cfg.negatives, "seed": cfg.seed, "skip_bad_images": bad}
     if split == "train":
         source, chosen = cfg.data or task.hub_data, chosen | {"shots": cfg.shots, "max_boxes": cfg.max_boxes}
@@ -820,7 +806,7 @@ def load_examples(cfg: Config, split: str) -> list[Example]:
         chosen |= {"limit": cfg.eval_limit, "eval_categories": cfg.eval_categories}
     with loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print("\n".join(notes), flush=True)
     return examples
 
@@ -829,20 +815,19 @@ def connect(cfg: Any) -> Accelerator:
     """Join the processes that were launched; SystemExit where they would not find each other."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one process writes 100 GB
     cpu, trackers = not torch.cuda.is_available(), getattr(cfg, "report_to", None) or None
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", log_with=trackers, project_dir=cfg.out, kwargs_handlers=[patience])
-    if accelerator.num_processes != launched():
-        seen = accelerator.num_processes
-        raise SystemExit(f"{launched()} processes were launched, accelerate sees {seen}: each would train alone")
-    torch.multiprocessing.set_sharing_strategy("file_system")  # loaders run out of file descriptors at 64 prompts a batch
+    accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=cfg.out, kwargs_handlers=[patience])
+    n, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if n != launched:
+        raise SystemExit(f"{launched} processes were launched, accelerate sees {n}: each would train alone")
+    if getattr(cfg, "steps", 0) and cfg.prompts_per_step % n:
+        raise SystemExit(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of the {n} processes")
+    torch.multiprocessing.set_sharing_strategy("file_system")  # 64 prompts a batch need more files than may be open
     return accelerator
 
 
-def launched() -> int:
-    """Return how many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def build(cfg: Any, accelerator: Accelerator, prompts: Prompts, rewards: dict, trains: bool, temperature: float = 1.0) -> Run:
+def build(
+    cfg: Any, accelerator: Accelerator, prompts: Prompts, rewards: dict, trains: bool, temperature: float = 1.0
+) -> Run:  # fmt: skip
     """Load policy, reference and optimizer. On GPUs what is trained is float32, or it would lose updates of 1e-6."""
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
     if trains and cfg.resume:
@@ -858,7 +843,7 @@ def build(cfg: Any, accelerator: Accelerator, prompts: Prompts, rewards: dict, t
         if cfg.beta and not adapters:
             reference = load_model(cfg.model, frozen, device).requires_grad_(False)
         if cfg.shard:
-            extra("shards", "--shard").shard(model, reference)
+            extra("shards", "--shard").shard(model, reference, adapters)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, **ADAM, fused=True)
         if saved:
@@ -871,7 +856,7 @@ def build(cfg: Any, accelerator: Accelerator, prompts: Prompts, rewards: dict, t
 
 def start(cfg: Config) -> Run:
     """Load everything that training, evaluation or a question needs. Nothing is written yet."""
-    accelerator, task, trains = connect(cfg), data.TASKS[cfg.task], not (cfg.eval_only or cfg.ask)
+    accelerator, task, trains = connect(cfg), TASKS[cfg.task], not (cfg.eval_only or cfg.ask)
     try:
         weights = reward_weights(cfg.rewards) or task.rewards
         rewards = choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
@@ -883,7 +868,8 @@ def start(cfg: Config) -> Run:
         examples = extra("check", "--ask").questions(task, Path(cfg.ask), cfg.categories)
     else:
         examples = load_examples(cfg, "train" if trains else "val")
-    prompts = Prompts(task, examples, processor, fit, coordinates, cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
+    asked = (cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
+    prompts = Prompts(task, examples, processor, fit, coordinates, *asked)
     return build(cfg, accelerator, prompts, rewards, trains, cfg.temperature if trains else 1.0)
 
 
@@ -932,48 +918,34 @@ def guarded(run: Run) -> Iterator[Callable[[], bool]]:
     With extras/ that is a checkpoint after the last whole step. Without, no signal is caught, and OUT/model is saved.
     """
     if checkpoints := extra("checkpoints"):
-        with checkpoints.interruptible(run, write_model, save_model) as stopping:
+        with checkpoints.interruptible(run, save_model) as stopping:
             yield stopping
         return
     try:
         yield lambda: False
     except (Exception, KeyboardInterrupt):
-        if run.main and not run.cfg.shard:  # shards cannot be gathered: other processes may not have failed
+        if run.main and not run.cfg.shard and (run.done or not run.whole):  # shards need processes that may be gone
             save_model(run)
         raise
 
 
-def write_model(run: Run, folder: Path, dtype: torch.dtype) -> None:
-    """Write model and processor in Hugging Face format. Every process calls it, the main one writes."""
-    weights, written = {}, {}
-    for name, tensor in run.model.state_dict().items():
-        place = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr()
-        tensor = whole_tensor(tensor)  # one at a time: only the main process ever holds them all
-        if run.main:
-            copied = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-            weights[name] = written.setdefault(place, copied)  # tied weights stay one tensor, and are saved once
-    if run.main:
-        run.model.save_pretrained(folder, state_dict=weights)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        config.dtype = dtype  # save_pretrained writes down the dtype of training
-        config.save_pretrained(folder)
-        run.prompts.processor.save_pretrained(folder)
-
-
 def save_model(run: Run) -> None:
-    """Write OUT/model, whole or not at all, in the dtype that the model came in; adapters are merged for good."""
-    folder = Path(run.cfg.out) / "model"
+    """Write OUT/model, whole or not at all, in the dtype the model came in. This comes last: adapters are merged."""
+    folder, weights = Path(run.cfg.out) / "model", None
     new, old = folder.with_name("model.unfinished"), folder.with_name("model.old")
+    dtype = pretrained(transformers.AutoConfig, run.cfg.model).dtype or torch.float32
     if run.adapters:
         run.adapters.merge_and_unload()
+    if run.cfg.shard:  # every process takes part, the main one gets the weights
+        weights = extra("shards", "--shard").whole_weights(run.model, run.main)
     if run.main:
-        shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not folder.exists():  # killed between the two renames below
             old.rename(folder)
-    write_model(run, new, pretrained(transformers.AutoConfig, run.cfg.model).dtype or torch.float32)
-    if run.main:
+        shutil.rmtree(new, ignore_errors=True)
+        run.model.to(dtype).save_pretrained(new, state_dict=weights and {n: w.to(dtype) for n, w in weights.items()})
+        run.prompts.processor.save_pretrained(new)
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -982,8 +954,9 @@ def save_model(run: Run) -> None:
 
 def answer(run: Run, prompts: list[Prompt]) -> list[str]:
     """Return the policy's most probable answers, one to each prompt, by the sampler of training."""
+    inputs, limit = run.collate(prompts), run.cfg.max_completion_tokens
     with torch.no_grad(), run.autocast():
-        ids, _ = sample(run.model, run.collate(prompts), 1, None, run.cfg.max_completion_tokens, run.eos, **run.distribution)
+        ids, _ = sample(run.model, inputs, 1, None, limit, run.eos, **run.distribution)
     return run.decode(ids, completion_mask(ids, run.eos))
 
 
@@ -1018,7 +991,8 @@ def rules_of(f: Any, value: Any) -> list[tuple[bool, str]]:
     found = [(all(one in choices for one in values), f"one of {', '.join(map(str, choices))}")]
     if value is not None:
         for name, words, holds in (("least", "at least", ge), ("above", "above", gt), ("below", "below", lt)):
-            found += [(all(holds(one, rules[name]) for one in values), f"{words} {rules[name]}")] if name in rules else []
+            if name in rules:
+                found.append((all(holds(one, rules[name]) for one in values), f"{words} {rules[name]}"))
     return found
 
 
@@ -1027,16 +1001,6 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
     for flag, good, right in rules:
         if not good:
             raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
-
-
-def training_rules(cfg: Any) -> list[tuple[str, Any, str]]:
-    """Return what every method of training asks of flags that depend on each other."""
-    n = launched()
-    return [
-        ("prompts_per_step", cfg.prompts_per_step % n == 0, f"a multiple of the {n} processes"),
-        ("lora_rank", not (cfg.lora_rank and cfg.shard), "0 with --shard: adapters are small enough to be copied"),
-        ("shard", n > 1 or not cfg.shard, "false for one process: there is nothing to divide"),
-    ]
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
@@ -1057,9 +1021,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         ("clip", len(cfg.clip) in (1, 2) and cfg.clip[0] < 1, "one or two numbers, the first below 1"),
         ("resume", not (cfg.resume and evaluates), "false with --eval_only and --ask"),
         ("check", not (cfg.check and evaluates), "false with --eval_only and --ask"),
-        ("ask", not cfg.ask or cfg.categories or not data.TASKS[cfg.task].asks_for, "together with --categories, what to look for"),
+        ("ask", cfg.categories or not (cfg.ask and TASKS[cfg.task].asks_for), "together with --categories"),
         out_rule(cfg, may_exist=cfg.ask or cfg.check or cfg.resume or unfinished),
-        *([] if evaluates else training_rules(cfg)),
     ])  # fmt: skip
     return cfg
 

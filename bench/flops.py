@@ -1,11 +1,12 @@
-"""Operations of every phase, counted, against the least that a group of G completions needs.
+"""Count the operations of every phase and compare them with the minimum for a group of G completions.
 
     python bench/flops.py                            # the model of bench/vs_trl.py, (prompt, completion, G) as there
 
-The least is one prompt and G completions. With h hidden size, f width of the MLP, k key width, L layers, V vocabulary, a
-completion token costs 2 [L (2 h^2 + 2 h k + 3 h f) + h V] operations in matrices (a multiplication and an addition each)
-and 2 L x 2 h x (number of tokens it attends to) in attention. The prompt with its image is one counted forward.
-Training costs three forwards. Counted with eager attention, because torch's counter sees none under SDPA on CPUs.
+The minimum is one prompt and G completions. With h hidden size, f width of the MLP, k key width, L layers and V
+vocabulary, a completion token costs 2 [L (2 h^2 + 2 h k + 3 h f) + h V] operations in matrices (a multiplication and an
+addition each) and 2 L x 2 h x (number of tokens it attends to) in attention. The prompt with its image is one counted
+forward.
+Training costs three forwards. Attention is eager, because torch's counter counts no attention under SDPA on CPUs.
 """
 
 import sys
@@ -30,9 +31,10 @@ def count(run: Callable[[], object]) -> int:
 
 
 def completion_operations(config, prompt_tokens: int, completion_tokens: int, eager: bool) -> float:
-    """Of the forward of one completion, which feeds all its tokens but the last.
+    """Return the operations of the forward of one completion, which feeds all its tokens except the last.
 
-    eager: a whole completion at once, where eager attention multiplies masked pairs too; otherwise token by token.
+    eager: True for a whole completion at once, where eager attention also multiplies masked pairs; False for token by
+    token.
     """
     h, L, P, fed = config.hidden_size, config.num_hidden_layers, prompt_tokens, completion_tokens - 1
     k = config.num_key_value_heads * (h // config.num_attention_heads)
@@ -42,12 +44,15 @@ def completion_operations(config, prompt_tokens: int, completion_tokens: int, ea
 
 
 def phases(model, inputs: dict, G: int, C: int) -> dict[str, tuple[int, float, float]]:
-    """{phase: (counted, the least, with a prompt for every completion)} for one prompt; the model attends eagerly."""
+    """Return {phase: (counted, minimum, minimum if the prompt is repeated per completion)} for one prompt.
+
+    Switches the model to eager attention.
+    """
     model.set_attn_implementation("eager")
     config, P = model.config.get_text_config(), inputs["input_ids"].shape[1]
     ids, rows = torch.arange(G * C).view(G, C) % 80, [torch.arange(G)]
     sampling = {"temperature": 1.0, "forbidden": NONE}
-    no_end = torch.tensor([config.vocab_size])  # an id that no token has: completions of full length
+    no_end = torch.tensor([config.vocab_size])  # EOS is an id that no token has, so completions have full length
 
     def prompt(backward: bool) -> None:
         logits = model(**inputs, logits_to_keep=1).logits
@@ -74,9 +79,8 @@ def phases(model, inputs: dict, G: int, C: int) -> dict[str, tuple[int, float, f
 def main() -> None:
     from bench import vs_trl
 
-    print(
-        "| prompt, completion, G | phase | counted, GFLOP | / the least | repeated prompt / counted |\n|---|---|---|---|---|"
-    )
+    print("| prompt, completion, G | phase | counted, GFLOP | / the least | repeated prompt / counted |")
+    print("|---|---|---|---|---|")
     for side, C, G in ((224, 48, 8), (336, 64, 8), (336, 256, 8), (336, 512, 8)):
         with tempfile.TemporaryDirectory() as folder:
             vs_trl.write_model(Path(folder), side)

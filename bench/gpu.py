@@ -1,14 +1,15 @@
-"""Seconds, tokens per second, busy share and memory of real model sizes on one GPU, against TRL's GRPOTrainer.
+"""Measure time, GPU utilization and memory of real model sizes on one GPU, against TRL's GRPOTrainer.
 
     pip install trl==1.16.0 torchvision                        # torchvision: Qwen-VL's processor
     python bench/gpu.py                                        # both shapes, 256 tokens, G 8, four prompts a step
     python bench/gpu.py --sides virft.py --cases 256,8,1 256,8,4 512,8,4        # needs no TRL
 
-A case is COMPLETION_TOKENS,G,PROMPTS_A_STEP. The models have the sizes of Qwen2-VL-2B and Qwen2.5-VL-3B and random weights, so
-nothing is downloaded; pictures are enlarged to 529 image tokens. Float32 weights under bf16 autocast on both sides, the same
-attention (flash-attn where it is installed, otherwise SDPA), beta 0.04, no EOS, one prompt a forward. Sides alternate
-as in bench/vs_trl.py, whose loops these are. "busy" is the share of time at which the GPU computed anything,
-as nvidia-smi sees it (nan where it sees nothing: on a part of a GPU, or in steps shorter than half a second); "peak" all that torch had allocated.
+A case is COMPLETION_TOKENS,G,PROMPTS_A_STEP. The models have the sizes of Qwen2-VL-2B and Qwen2.5-VL-3B and random
+weights, so nothing is downloaded; pictures are enlarged to 529 image tokens. Both sides use float32 weights under bf16
+autocast, the same attention (flash-attn if it is installed, otherwise SDPA), beta 0.04, no EOS and one prompt per
+forward. Sides alternate, and both loops are those of bench/vs_trl.py. "busy" is the share of time in which the GPU
+computed anything, as measured by nvidia-smi. It is nan where nvidia-smi reports nothing (on a part of a GPU, or if
+steps take less than half a second). "peak" is the maximum memory that torch had allocated.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def qwen2_vl_2b(**special: int):
 def qwen2_5_vl_3b(**special: int):
     text = TEXT | {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16}
     vision = VISION | {
-        "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
     }  # fmt: skip
     return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
 
@@ -59,7 +61,10 @@ PROCESSORS = {"Qwen2-VL-2B": "Qwen2VLProcessor", "Qwen2.5-VL-3B": "Qwen2_5_VLPro
 
 
 def make_tokenizer():
-    """The demo's, with Qwen-VL's names for images: most of the model's ids have no text, which no phase minds."""
+    """Return the demo's tokenizer with Qwen-VL's image tokens.
+
+    Most ids of the model's vocabulary decode to nothing, which affects no phase.
+    """
     tokenizer = warm_start.make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     tokenizer.image_token, tokenizer.video_token = SPECIAL[2:]
@@ -79,7 +84,7 @@ def make_processor(shape: str, tokenizer):
 
 
 def write_model(shape: str, folder: Path) -> None:
-    """A model folder as it would come from the hub: bf16, whole processor."""
+    """Write a model folder like those on the hub: bf16 weights and a complete processor."""
     tokenizer = make_tokenizer()
     config = SHAPES[shape](**special_ids(tokenizer))
     text = config.get_text_config()
@@ -91,7 +96,7 @@ def write_model(shape: str, folder: Path) -> None:
 
 
 def write_data(folder: Path, pictures: int) -> None:
-    """The demo's pictures, enlarged to SIDE, and their boxes with them."""
+    """Write the demo's pictures, enlarged to SIDE, and scale their boxes."""
     shapes.write_split(folder, "train", pictures, seed=0)
     scale = SIDE / shapes.SIZE
     for path in (folder / "train").iterdir():
@@ -108,7 +113,10 @@ def write_data(folder: Path, pictures: int) -> None:
 
 
 class Meter:
-    """vs_trl.Meter for a GPU: what torch held at most, and how busy nvidia-smi saw the GPU after the first step."""
+    """Measure the peak memory allocated by torch, and the GPU's utilization after the first step.
+
+    Has the interface of vs_trl.Meter.
+    """
 
     def warm(self) -> None:
         self.over, self.seen = threading.Event(), []
@@ -120,7 +128,7 @@ class Meter:
         query = ("nvidia-smi", gpu, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits")
         while not self.over.wait(0.5):
             share = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-            if share.isdigit():  # parts of a GPU (MIG) have none
+            if share.isdigit():  # no number on parts of a GPU (MIG)
                 self.seen.append(float(share))
 
     def read(self) -> dict[str, float]:
@@ -138,7 +146,7 @@ def measure(side: str, case: str, steps: int, folder: Path, meter: type = Meter)
 
 
 def table_rows(shape: str, case: str, rounds: list[dict]) -> str:
-    """Medians over rounds; a ratio of times is the median of the rounds' own ratios."""
+    """Format medians over rounds; a ratio of times is the median of the ratios of all rounds."""
     lines, (C, G, prompts) = [], map(int, case.split(","))
     for side in rounds[0]:
 
@@ -148,7 +156,8 @@ def table_rows(shape: str, case: str, rounds: list[dict]) -> str:
         phases = [median(lambda s: s["phases"][name]) for name in ("sample", "reference", "train")]
         seconds = [median(lambda s: statistics.median(s["seconds"])), *phases]
         cells = [shape, f"{rounds[0][side]['prompt']}, {C}, {G}, {prompts}", side, *(f"{s:.2f}" for s in seconds)]
-        cells += [f"{prompts * G * C / phases[0]:,.0f}", f"{median(lambda s: s['busy']):.0%}", f"{median(lambda s: s['peak']) / 1e9:.1f}"]  # fmt: skip
+        busy, peak = median(lambda s: s["busy"]), median(lambda s: s["peak"])
+        cells += [f"{prompts * G * C / phases[0]:,.0f}", f"{busy:.0%}", f"{peak / 1e9:.1f}"]
         if "TRL" in rounds[0]:
             ratio = [statistics.median(r["TRL"]["seconds"]) / statistics.median(r[side]["seconds"]) for r in rounds]
             cells.append(f"{statistics.median(ratio):.1f}")
@@ -173,12 +182,15 @@ def main() -> None:
         return
     vs_trl.need_trl("TRL" in args.sides)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    print("| model | prompt, completion, G, prompts | | s / step | sample | reference | train | sampled tokens / s | busy | peak GB | TRL / this: time |")  # fmt: skip
+    print(
+        "| model | prompt, completion, G, prompts | | s / step | sample | reference | train "
+        "| sampled tokens / s | busy | peak GB | TRL / this: time |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder) / "data", 40)
-            write_model(shape, Path(folder) / "model")  # on the CPU: this process holds nothing of the GPU's memory
+            write_model(shape, Path(folder) / "model")  # on the CPU, so that this process uses no GPU memory
             for case in args.cases:
                 argv = ("--cases", case, "--steps", args.steps, "--folder", folder)
                 rounds = [

@@ -1,16 +1,17 @@
-"""Seconds and memory per optimizer step against TRL's GRPOTrainer with its plain generation, on CPU.
+"""Measure time and memory per optimizer step against TRL's GRPOTrainer with its plain generation, on CPUs.
 
     pip install trl==1.16.0
-    python bench/vs_trl.py                                        # 224 px, 48 tokens; 336 px, 64; G 8; 1 and 16 prompts a step
+    python bench/vs_trl.py                                # 224 px, 48 tokens; 336 px, 64; G 8; 1 and 16 prompts a step
     python bench/vs_trl.py --cases 336,256,8,1 336,512,8,1 --rounds 1
     python bench/vs_trl.py --sides virft.py --cases 336,64,4,1 336,64,16,1    # growth with G; needs no TRL
-    python bench/vs_trl.py --losses                               # both losses on the same log-probabilities
+    python bench/vs_trl.py --losses                       # both losses on the same log-probabilities
 
-A case is IMAGE_SIDE,COMPLETION_TOKENS,G,PROMPTS_A_STEP. Both sides train the same LLaVA-class model of random weights (text of 6 layers,
-width 256, 4 heads, MLP 1024; SigLIP tower of the same depth and width, patch 14) on the same pictures and questions,
-one prompt a forward, beta 0.04, float32, AdamW, no EOS, so that every completion has the same length. "repeated" is our
-own loop with the prompt repeated for every completion. Sides alternate, each time in a fresh process, whose peak
-memory is taken over what was resident before the first step; the first step is warm-up.
+A case is IMAGE_SIDE,COMPLETION_TOKENS,G,PROMPTS_A_STEP. Both sides train the same LLaVA-class model with random weights
+(text of 6 layers, width 256, 4 heads, MLP 1024; SigLIP tower of the same depth and width, patch 14) on the same
+pictures and questions: one prompt per forward, beta 0.04, float32, AdamW, and no EOS, so that all completions have the
+same length.
+"repeated" is our own loop with the prompt repeated for every completion. Sides alternate, each in a fresh process. Peak
+memory is measured relative to what was resident before the first step. The first step is warm-up.
 """
 
 import argparse
@@ -60,22 +61,23 @@ def write_model(folder: Path, side: int) -> None:
             **width, vocab_size=len(tokenizer), max_position_embeddings=2048, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         ),
-        image_token_id=image_id, image_seq_length=(side // PATCH) ** 2, vision_feature_layer=-1, vision_feature_select_strategy="full",
+        image_token_id=image_id, image_seq_length=(side // PATCH) ** 2, vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
     )  # fmt: skip
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": side, "width": side}), tokenizer=tokenizer, patch_size=PATCH,
-        vision_feature_select_strategy="full", chat_template=warm_start.CHAT_TEMPLATE,
+        image_processor=SiglipImageProcessorPil(size={"height": side, "width": side}), tokenizer=tokenizer,
+        patch_size=PATCH, vision_feature_select_strategy="full", chat_template=warm_start.CHAT_TEMPLATE,
     ).save_pretrained(folder)  # fmt: skip
 
 
 def reward(text: str, *_, **__) -> float:
-    """Anything that differs within a group and costs nothing."""
+    """Return a number that differs within a group and costs almost no time."""
     return sum(map(ord, text[:200])) % 8
 
 
 class Meter:
-    """What a process needs of the machine from the first step on, of which `warm` says that it is over."""
+    """Measure the peak memory of this process above what it held at creation; `warm` is called after the first step."""
 
     def __init__(self):
         self.before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -88,7 +90,7 @@ class Meter:
 
 
 def repeat_prompts(G: int) -> None:
-    """Switch sharing off: every completion gets a prompt of its own, encoded for it alone."""
+    """Switch prompt sharing off: encode a separate copy of the prompt for every completion."""
     plain = virft.prefill
     virft.prefill = lambda model, inputs: plain(model, {n: t.repeat_interleave(G, 0) for n, t in inputs.items()})
     virft.fork = lambda prefix, rows: prefix
@@ -96,8 +98,9 @@ def repeat_prompts(G: int) -> None:
 
 def ours(folder: Path, C: int, G: int, prompts: int, steps: int, repeated: bool, meter: type[Meter], **more) -> dict:
     flags = more | {
-        "data": folder / "data", "model": folder / "model", "out": Path(tempfile.mkdtemp()), "steps": steps + 1, "prompts_per_step": prompts,
-        "group_size": G, "max_completion_tokens": C, "beta": 0.04, "lr": 1e-6, "workers": 0,
+        "data": folder / "data", "model": folder / "model", "out": Path(tempfile.mkdtemp()), "steps": steps + 1,
+        "prompts_per_step": prompts, "group_size": G, "max_completion_tokens": C, "beta": 0.04, "lr": 1e-6,
+        "workers": 0,
     }  # fmt: skip
     run = virft.start(virft.parse_config([part for n, v in flags.items() for part in (f"--{n}", str(v))]))
     run.distribution["forbidden"] = torch.cat([run.distribution["forbidden"], run.eos])
@@ -115,7 +118,8 @@ def ours(folder: Path, C: int, G: int, prompts: int, steps: int, repeated: bool,
         if step == 1:
             meter.warm()
     return {
-        "seconds": seconds[1:], **meter.read(), "phases": {n: statistics.median(p[n] for p in phases[1:]) for n in phases[0]},
+        "seconds": seconds[1:], **meter.read(),
+        "phases": {n: statistics.median(p[n] for p in phases[1:]) for n in phases[0]},
         "prompt": ro.prompts[0].inputs["input_ids"].shape[1],
     }  # fmt: skip
 
@@ -128,25 +132,24 @@ def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, **setti
     model = virft.load_model(str(folder / "model"), torch.float32, torch.device("cuda" if gpu else "cpu"))
     eos, forbidden = virft.special_tokens(model, processor)
     examples, _ = data.read_coco(str(folder / "data"), "train")
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": warm_start.prompt(e.category)}]}],
-            "image": data.open_image(e.images[0]),
-        }
-        for e in examples[: prompts * (steps + 1)]
-    ]  # fmt: skip
+    rows = []
+    for e in examples[: prompts * (steps + 1)]:
+        content = [{"type": "image"}, {"type": "text", "text": warm_start.prompt(e.category)}]
+        rows.append({"prompt": [{"role": "user", "content": content}], "image": data.open_image(e.images[0])})
     config = GRPOConfig(
         output_dir=str(folder / "trl"), use_cpu=not gpu, bf16=gpu, per_device_train_batch_size=G, num_generations=G,
-        gradient_accumulation_steps=prompts, max_completion_length=C, beta=0.04, learning_rate=1e-6, max_steps=steps + 1,
-        loss_type="grpo", temperature=1.0, gradient_checkpointing=False, optim="adamw_torch_fused", report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, generation_kwargs={"suppress_tokens": eos + forbidden},
+        gradient_accumulation_steps=prompts, max_completion_length=C, beta=0.04, learning_rate=1e-6,
+        max_steps=steps + 1, loss_type="grpo", temperature=1.0, gradient_checkpointing=False,
+        optim="adamw_torch_fused", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        generation_kwargs={"suppress_tokens": eos + forbidden},
         **settings,
     )  # fmt: skip
 
     def any_reward(completions, **_) -> list[float]:
         return [reward(str(completion)) for completion in completions]
 
-    return GRPOTrainer(model, any_reward, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor)  # fmt: skip
+    dataset = datasets.Dataset.from_list(rows)
+    return GRPOTrainer(model, any_reward, args=config, train_dataset=dataset, processing_class=processor)
 
 
 def theirs(folder: Path, C: int, G: int, prompts: int, steps: int, meter: type[Meter]) -> dict:
@@ -196,16 +199,18 @@ def theirs(folder: Path, C: int, G: int, prompts: int, steps: int, meter: type[M
     assert lengths == [[C] * G] * (prompts * (steps + 1)), lengths
     seconds = [b - a for a, b in zip(times[1:], times[2:])]
     median = {name: statistics.median([s for n, s in phases if n == name][1:]) for name in dict(phases)}
-    scoring = median["_generate_and_score_completions"]
+    sampling, scoring = median["_generate"], median["_generate_and_score_completions"]
     return {
         "seconds": seconds, **meter.read(),
-        "phases": {"sample": median["_generate"], "reference": scoring - median["_generate"], "train": statistics.median(seconds) - scoring},
+        "phases": {
+            "sample": sampling, "reference": scoring - sampling, "train": statistics.median(seconds) - scoring,
+        },
         "prompt": widths[0],
     }  # fmt: skip
 
 
 def compare_losses(folder: Path) -> None:
-    """TRL's loss and ours on the same log-probabilities, with a ratio that clips and a reference that differs."""
+    """Compare TRL's loss with ours on the same log-probabilities, with clipped ratios and a different reference."""
     G, C = 4, 16
     generator = torch.Generator().manual_seed(0)
     logp = -torch.rand(G, C, generator=generator)
@@ -220,8 +225,9 @@ def compare_losses(folder: Path) -> None:
         trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logp, torch.zeros(G, C), None)
         inputs = {
             "prompt_ids": torch.zeros(G, 2, dtype=torch.long), "prompt_mask": torch.ones(G, 2, dtype=torch.long),
-            "completion_ids": torch.zeros(G, C, dtype=torch.long), "completion_mask": mask.long(), "advantages": advantages,
-            "old_per_token_logps": old, "ref_per_token_logps": reference, "num_items_in_batch": mask.sum(),
+            "completion_ids": torch.zeros(G, C, dtype=torch.long), "completion_mask": mask.long(),
+            "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": reference,
+            "num_items_in_batch": mask.sum(),
         }  # fmt: skip
         them = float(trainer._compute_loss(trainer.model, inputs))
         weights, divisor = virft.NORMALIZATIONS[loss](mask, C)
@@ -231,7 +237,7 @@ def compare_losses(folder: Path) -> None:
 
 
 def in_a_process(script: str, *argv, **environment: str) -> dict:
-    """What one side measures in a process of its own."""
+    """Run one side in a separate process and return its measurements."""
     command = [sys.executable, script, *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
@@ -253,7 +259,7 @@ def prepare(folder: Path, side: int) -> Path:
 
 
 def table_rows(rounds: list[dict], C: int, G: int, prompts: int) -> str:
-    """Medians over rounds of medians over steps; a ratio of times is the median of the rounds' own ratios."""
+    """Format medians over rounds of medians over steps; a ratio of times is the median of the ratios of all rounds."""
     lines = []
     seconds = {s: [statistics.median(r[s]["seconds"]) for r in rounds] for s in rounds[0]}
     peak = {s: statistics.median(r[s]["peak"] for r in rounds) for s in rounds[0]}
@@ -298,7 +304,8 @@ def main() -> None:
         if args.losses:
             return compare_losses(prepare(folder, 224))
         print(
-            "| prompt, completion, G, prompts | | s / step | sample | reference | train | peak GB | TRL / this: time | this / TRL: memory |"
+            "| prompt, completion, G, prompts | | s / step | sample | reference | train | peak GB "
+            "| TRL / this: time | this / TRL: memory |"
         )
         print("|---|---|---|---|---|---|---|---|---|")
         for case in args.cases:

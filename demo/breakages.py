@@ -1,10 +1,11 @@
-"""Four ways to break GRPO on purpose, on the demo, and what each does to the curve; needs a finished `bash run.sh`.
+"""Break GRPO in four ways on the demo and plot what each does to the curve; needs a finished `bash run.sh`.
 
     bash run.sh breakages                            # or: python demo/breakages.py --out runs/demo --seeds 0 1
 
-A breakage is one edited line in a copy of virft.py, or one flag, as the README's "Teach it" has them. Every copy is trained as the
-demo was. OUT/breakages.png shows the IoU reward of each beside the unbroken run, OUT/breakages/NAME/SEED all the rest.
-Finished runs are kept as long as neither the code nor a flag changes: the same command goes on behind them.
+A breakage is one edited line in a copy of virft.py, or one flag, as listed in docs/lesson.md. Every copy is trained
+like the demo. OUT/breakages.png compares the IoU reward of each with the unbroken run; OUT/breakages/NAME/SEED
+holds the complete runs. Finished runs are kept as long as the code and the flags stay the same, so an interrupted
+command can be repeated.
 """
 
 import argparse
@@ -28,7 +29,10 @@ FILES += tuple(str(file.relative_to(ROOT)) for file in sorted((ROOT / "extras").
 
 
 class Breakage(NamedTuple):
-    """What is changed: a line of virft.py (old and new text), flags, or both; against: the run that it is compared with."""
+    """Define what is changed: a line of virft.py (old and new text), flags, or both.
+
+    against: name of the run to compare with.
+    """
 
     flags: dict
     against: str = ""
@@ -36,7 +40,7 @@ class Breakage(NamedTuple):
     new: str = ""
 
 
-DEMO = {"group_size": 8, "inner_epochs": 1, "beta": 0.0}  # what breakages change, as the demo has it
+DEMO = {"group_size": 8, "inner_epochs": 1, "beta": 0.0}  # the demo's values of what breakages change
 BREAKAGES = {
     "unbroken": Breakage({}),
     "unbroken, 4 inner epochs": Breakage({"inner_epochs": 4}),
@@ -44,7 +48,8 @@ BREAKAGES = {
         {},
         against="unbroken",
         old="centered = rewards - rewards.mean(1, keepdim=True)",
-        new="rewards = rewards[:, torch.randperm(rewards.shape[1])]; centered = rewards - rewards.mean(1, keepdim=True)",
+        new="rewards = rewards[:, torch.randperm(rewards.shape[1])]; "
+        "centered = rewards - rewards.mean(1, keepdim=True)",
     ),
     "clip inverted": Breakage(
         {"inner_epochs": 4},
@@ -58,7 +63,7 @@ BREAKAGES = {
 
 
 def broken_copy(breakage: Breakage, folder: Path) -> Path:
-    """The project's files in `folder`, one line of virft.py edited; the copy of virft.py."""
+    """Copy the project's files to `folder`, edit one line of virft.py, and return the path of that copy."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +77,7 @@ def broken_copy(breakage: Breakage, folder: Path) -> Path:
 
 
 def train(settings: dict, breakage: Breakage, folder: Path, seed: int) -> Path:
-    """Train, unless just this was done; the run's metrics.jsonl."""
+    """Train, unless the same code and flags were trained before; return the path of the run's metrics.jsonl."""
     run, script = folder / str(seed), broken_copy(breakage, folder / "code")
     argv = flags(settings, out=run, seed=seed, **breakage.flags)
     trained = {
@@ -93,21 +98,23 @@ def curve(metrics: Path) -> np.ndarray:
 
 
 def plot(runs: dict[str, list[Path]], path: Path) -> None:
-    """A panel per breakage: the broken runs before those that they are compared with."""
+    """Draw one panel per breakage: the broken runs on top of those that they are compared with."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     broken = [name for name in runs if BREAKAGES[name].against]
-    figure, axes = pyplot.subplots(1, len(broken), figsize=(3.6 * len(broken), 3.4), sharey=True, squeeze=False, constrained_layout=True)  # fmt: skip
+    size = (3.6 * len(broken), 3.4)
+    figure, axes = pyplot.subplots(
+        1, len(broken), figsize=size, sharey=True, squeeze=False, constrained_layout=True
+    )  # fmt: skip
     for axis, name in zip(axes.flat, broken):
         for which, color in ((BREAKAGES[name].against, "tab:gray"), (name, "tab:red")):
             for i, metrics in enumerate(runs[which]):
                 values = curve(metrics)
-                axis.plot(
-                    np.arange(len(values)) + WINDOW, values, color=color, label=None if i else which, linewidth=1.2
-                )
+                steps, label = np.arange(len(values)) + WINDOW, None if i else which
+                axis.plot(steps, values, color=color, label=label, linewidth=1.2)
         axis.set_xlabel(f"step (mean of {WINDOW})")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

@@ -1,10 +1,10 @@
-"""What the demo's gain is compared with; needs a finished `bash run.sh` (about 4 minutes on two cores).
+"""Compare the demo's gain with controls; needs a finished `bash run.sh` (about 4 minutes on two cores).
 
     bash run.sh controls                             # or: python demo/controls.py --out runs/demo --seed 0
 
-  uniform resize   every box of the untrained model, scaled about its center by the one best factor
-  per category     the best shift and scale of its boxes for each category: more than a person would correct by hand
-  shuffled         GRPO with the rewards of each group shuffled among its completions: the same noise, no signal
+  uniform resize   scale every box of the untrained model about its center by one factor, the best one
+  per category     shift and scale its boxes by the best values for each category: more than a person would correct
+  shuffled         train GRPO with the rewards of each group shuffled among its completions: same noise, no signal
 
 Factors and shifts are fitted on the training pictures, then applied to the held-out answers.
 """
@@ -25,7 +25,7 @@ from rewards import box_iou  # noqa: E402
 
 
 def climb(score: Callable[[tuple], float], start: tuple[float, ...], step: float = 0.16) -> tuple[float, ...]:
-    """Coordinate search: try +-step on each number, halve the step when nothing helps."""
+    """Maximize `score` by coordinate search: try +-step on each number, halve the step when nothing improves."""
     best, value = start, score(start)
     while step > 0.005:
         moves = [best[:i] + (best[i] + d,) + best[i + 1 :] for i in range(len(best)) for d in (step, -step)]
@@ -43,11 +43,18 @@ def best_uniform_resize(training: list[dict]) -> float:
 
 
 def best_per_category(training: list[dict]) -> dict[str, tuple]:
-    """(dx, dy, sx, sy) per category, maximizing the mean IoU of each answered box with the true box it overlaps most."""
+    """Fit (dx, dy, sx, sy) per category.
+
+    Maximizes the mean IoU of each answered box with the true box that it overlaps most.
+    """
     fitted = {}
     for category in sorted({p["category"] for p in training}):
-        pairs = [(box, max(p["solution"], key=lambda target: box_iou(box, target)))
-                 for p in training if p["category"] == category and p["solution"] for box, _ in p["detections"] or []]  # fmt: skip
+        pairs = [
+            (box, max(p["solution"], key=lambda target: box_iou(box, target)))
+            for p in training
+            if p["category"] == category and p["solution"]
+            for box, _ in p["detections"] or []
+        ]
         pairs = [(box, target) for box, target in pairs if box_iou(box, target) > 0.1]
         fitted[category] = climb(
             lambda t: sum(box_iou(transform_box(b, t), target) for b, target in pairs), (0.0, 0.0, 1.0, 1.0)
@@ -56,7 +63,7 @@ def best_per_category(training: list[dict]) -> dict[str, tuple]:
 
 
 def shuffled_training(arguments: list[str]) -> None:
-    """virft.py as it is, but each group's advantages go to the wrong completions."""
+    """Train with virft.py, but shuffle the rewards within each group before computing advantages."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +79,7 @@ def shuffled_training(arguments: list[str]) -> None:
 
 
 def flags(settings: dict, **changes) -> list[str]:
-    """The command line of a run's config.json with changes; what an earlier run left in its folder goes."""
+    """Return the command line of a run's config.json with changes; delete the output folder of an earlier run."""
     argv = []
     shutil.rmtree(changes["out"], ignore_errors=True)
     for name, value in (settings | changes).items():
@@ -91,7 +98,7 @@ def main() -> None:
         raise SystemExit(f"{out} holds no finished demo: run `bash run.sh` first")
     settings = json.loads((out / "train" / "config.json").read_text())
 
-    # The untrained model's answers to the training pictures: the same data, its training split named as validation.
+    # To get the untrained model's answers to the training pictures, name the training split as validation split.
     fit = out / "fit_data"
     (fit / "annotations").mkdir(parents=True, exist_ok=True)
     for link, target in (
@@ -102,7 +109,8 @@ def main() -> None:
             link.symlink_to(os.path.relpath(target, link.parent))
     held_out_data = {"data": out / "data", "out": out / "shuffled/after", "model": out / "shuffled/model"}
     shuffled_training(flags(settings, out=out / "shuffled", seed=args.seed))
-    evaluation = {"eval_only": True, "prompts_per_step": 64, "negatives": 0.1, "rewards": []}  # all the task's, as in run.sh
+    # As in run.sh; an empty list stands for all rewards of the task.
+    evaluation = {"eval_only": True, "prompts_per_step": 64, "negatives": 0.1, "rewards": []}
     virft.main(flags(settings, **held_out_data, **evaluation))
     virft.main(flags(settings, data=fit, out=out / "fit", eval_limit=600, **evaluation))
     training, held_out = read_predictions(out / "fit"), read_predictions(out / "before")

@@ -1,4 +1,4 @@
-"""Before and after: the table, the pictures and the numbers of the demo.
+"""Report the demo before and after training: a table, pictures and summary.json.
 
 python demo/report.py runs/demo                  # reads before/, train/ and after/, writes summary.json and pictures
 python demo/report.py runs/reproduce --paper     # adds a row per model in the paper's shape
@@ -18,7 +18,7 @@ from data import TASKS, detection_answer  # noqa: E402
 from rewards import box_iou, iou_reward  # noqa: E402
 
 FORMAT = {"format": "format reward, mean"}
-ROWS = {  # by the task's metric: name in summary.json -> what it is
+ROWS = {  # for each metric: {name in summary.json: description}
     "detection": {
         "iou": "IoU reward, mean",
         "AP": "COCO AP",
@@ -49,7 +49,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def mean_iou_reward(predictions: Sequence[dict], change: Callable[[dict, list], list] = lambda p, box: box) -> float:
-    """The mean IoU reward after every box has been changed by change(prediction, box)."""
+    """Return the mean IoU reward after changing every box by change(prediction, box)."""
 
     def reward(p: dict) -> float:
         found = p["detections"]
@@ -64,7 +64,7 @@ def mean_iou_reward(predictions: Sequence[dict], change: Callable[[dict, list], 
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """The numbers of scores.json, and those of ROWS that it does not hold."""
+    """Return the numbers of scores.json and compute those of ROWS that it does not contain."""
     metric = metric_of(folder)
     scores = json.loads((folder / "scores.json").read_text())
     if metric == "detection":
@@ -79,16 +79,16 @@ def metric_of(folder: Path) -> str:
 
 
 def detection_skills(predictions: Sequence[dict]) -> dict[str, float]:
-    """How well the model chooses, counts and says No Objects: the shares of `skilled`."""
+    """Return how well the model chooses, counts and says No Objects: the share of True per skill of `skilled`."""
     skills = {name: mean(list(answers.values())) for name, answers in skilled(predictions).items() if answers}
     return skills | {"mixed_pictures": len(skilled(predictions)["choice"])}
 
 
 def skilled(predictions: Sequence[dict]) -> dict[str, dict[str, bool]]:
-    """{skill: {id of a question that asks for it: whether the answer shows it}}.
+    """Return {skill: {id of a question that tests it: whether the answer shows it}}.
 
-    choice: of the pictures with several categories, the share in which the first box overlaps no object more than one
-    of the asked category.
+    choice: asked about pictures with several categories; True if the object that the first box overlaps most is of the
+    asked category.
     """
     objects: dict[int, list] = {}
     for p in predictions:
@@ -112,9 +112,9 @@ def skilled(predictions: Sequence[dict]) -> dict[str, dict[str, bool]]:
 
 
 def changes(before: Path, after: Path) -> dict[str, tuple[int, int, float]]:
-    """{skill: (questions gained, questions lost, p)}: how likely so uneven a split is, if training changed nothing.
+    """Return {skill: (questions gained, questions lost, p)}.
 
-    p is that of the two-sided sign test.
+    p is that of the two-sided sign test: how likely a split at least this uneven is if training changed nothing.
     """
     result = {}
     then, now = (skilled(read_predictions(folder)) for folder in (before, after))
@@ -127,7 +127,7 @@ def changes(before: Path, after: Path) -> dict[str, tuple[int, int, float]]:
 
 
 def side_by_side(before: Path, after: Path, path: Path, count: int = 4) -> None:
-    """Pictures of the same questions before and after, one under the other."""
+    """Draw the answers to the same questions before and after training, one row below the other."""
     names = sorted(p.name for p in (before / "pictures").glob("*.png"))[:count]
     rows = [[Image.open(folder / "pictures" / name) for name in names] for folder in (before, after)]
     height = max(picture.height for picture in rows[0])
@@ -145,7 +145,7 @@ def side_by_side(before: Path, after: Path, path: Path, count: int = 4) -> None:
 
 
 def paper_table(folders: dict[str, Path]) -> str:
-    """AP in percent over all categories and for each, as the paper's tables of detection have it; a row per folder."""
+    """Format AP in percent, overall and per category, like the paper's detection tables; one row per folder."""
     scores = {name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()}
     categories = list(next(iter(scores.values()))["categories"])
     lines = [["", "mAP", *categories], ["---"] * (len(categories) + 2)]
@@ -156,7 +156,10 @@ def paper_table(folders: dict[str, Path]) -> str:
 
 
 def report_mia_dpo(folder: Path) -> None:
-    """Accuracy about one of several pictures and about a lone one: untrained, and with pairs chosen in two ways."""
+    """Report accuracy on questions about one of several pictures and about a single picture.
+
+    Compares the untrained model with training on randomly chosen pairs and on pairs chosen by attention.
+    """
     columns, rows = ("before", "random", "attention"), {}
     for name, meaning in (
         ("several", "asked about one of several pictures"),
@@ -199,7 +202,7 @@ def main() -> None:
         print(json.loads((folder / "after" / "scores.json").read_text())["protocol"])
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\ncurves                       {folder / 'train' / 'curves.png'}")
-    if metric != "rewards":  # pictures of answers show the first image of a question, which may not be the asked one
+    if metric != "rewards":  # pictures show the first image, which may not be the one asked about
         side_by_side(folder / "before", folder / "after", folder / "before_after.png")
         print(f"answers before and after     {folder / 'before_after.png'}")
     print(f"numbers                      {folder / 'summary.json'}")

@@ -1,4 +1,4 @@
-"""Pictures of colored shapes, written to disk in the ordinary layout of each family of tasks.
+"""Write pictures of colored shapes to disk in the usual layout of each family of tasks.
 
     python demo/shapes.py --out demo/data                    # 2000 training and 400 held-out pictures, seconds
     python demo/shapes.py classification --out demo/data     # the same for another family
@@ -7,7 +7,7 @@
   classification   class folders: one object, its category the class
   grounding        a ReasonSeg folder: an instruction that fits one object among distractors, and its outline
   multi-image      JSON lines: two pictures of one object each, and a question about one of the two
-  mia-dpo          JSON lines: one picture of one object, and what it is; mia_dpo.py puts it among others
+  mia-dpo          JSON lines: one picture of one object, and its name; mia_dpo.py combines it with other pictures
 
 The same seed gives the same pictures, byte for byte.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 SIZE = 112  # pixels, both sides
-GRID = 8  # corners stand on this grid
+GRID = 8  # corners are multiples of this
 SIDES = range(24, 65, GRID)
 COLORS = {"red": (214, 50, 48), "green": (52, 158, 82), "blue": (56, 98, 214), "yellow": (236, 190, 40)}
 SHAPES = ("circle", "square", "triangle")
@@ -34,7 +34,10 @@ Scene = list[tuple[str, Box]]  # (category, box)
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """One or two objects of one category and up to two of others (none in a third of the scenes), not touching."""
+    """Draw one or two objects of one category and up to two of others (none in a third of the scenes).
+
+    Objects do not overlap.
+    """
     asked = rng.choice(CATEGORIES)
     others = [c for c in CATEGORIES if c != asked]
     wanted = [asked] * rng.choice((1, 1, 2)) + rng.choices(others, k=rng.choice((0, 1, 2)))
@@ -51,12 +54,12 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def lone_scene(rng: random.Random) -> Scene:
-    """One object."""
+    """Draw a scene with one object."""
     return random_scene(rng)[:1]
 
 
 def scene_to_point_at(rng: random.Random) -> tuple[Scene, int]:
-    """A scene, and the index of an object in it that is the only one of its category."""
+    """Draw a scene and the index of an object in it that is the only one of its category."""
     while True:
         scene = random_scene(rng)
         categories = [category for category, _ in scene]
@@ -66,7 +69,7 @@ def scene_to_point_at(rng: random.Random) -> tuple[Scene, int]:
 
 
 def scenes_to_tell_apart(rng: random.Random) -> tuple[Scene, Scene, int]:
-    """Two scenes with one object each, of different categories, and the index of the one that is asked about."""
+    """Draw two scenes with one object each, of different categories, and the index of the scene to ask about."""
     while True:
         first, second = lone_scene(rng), lone_scene(rng)
         if first[0][0] != second[0][0]:
@@ -78,7 +81,7 @@ def instruction(category: str) -> str:
 
 
 def pair_question(ordinal: str) -> str:
-    """The problem of a multi-image row: rows bring their whole prompt, the answer's form included."""
+    """Return the problem of a multi-image row: the whole prompt, including the form of the answer."""
     return (
         f"What is in the {ordinal} picture? First reason about what you see. Answer in exactly this form:\n"
         "<think> ... </think><answer>name</answer>\nWrite nothing but the name inside <answer>."
@@ -86,7 +89,7 @@ def pair_question(ordinal: str) -> str:
 
 
 def name_question() -> str:
-    """The problem of a row with one picture, which mia_dpo.py asks about one of several."""
+    """Return the problem of a row with one picture; mia_dpo.py asks it about one of several pictures."""
     return (
         "What is in the picture? Answer in exactly this form:\n<answer>name</answer>\n"
         "Write nothing but the name inside <answer>."
@@ -94,7 +97,7 @@ def name_question() -> str:
 
 
 def outline(category: str, box: Box) -> list[tuple[float, float]]:
-    """A polygon around the shape, whose bounds are the box."""
+    """Return a polygon around the shape; its bounding box is `box`."""
     x1, y1, x2, y2 = box
     if category.endswith("square"):
         return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
@@ -106,7 +109,7 @@ def outline(category: str, box: Box) -> list[tuple[float, float]]:
 
 
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene on a light background whose shade the seed chooses; a shape fills its box to the pixel."""
+    """Draw the scene on a light background of random shade; a shape fills its box to the pixel."""
     image = Image.new("RGB", (SIZE, SIZE), tuple(rng.randrange(225, 256) for _ in range(3)))
     draw = ImageDraw.Draw(image)
     for category, (x1, y1, x2, y2) in scene:
@@ -122,7 +125,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def write_split(root: Path, split: str, count: int, seed: int) -> None:
-    """root/annotations/instances_<split>.json and root/<split>/*.png."""
+    """Write root/annotations/instances_<split>.json and root/<split>/*.png."""
     rng = random.Random(f"{seed}/{split}")
     ids = {category: i for i, category in enumerate(CATEGORIES, 1)}
     images, annotations = [], []
@@ -151,7 +154,7 @@ def write_split(root: Path, split: str, count: int, seed: int) -> None:
 
 
 def write_classes(root: Path, split: str, count: int, seed: int) -> None:
-    """root/<split>/<category>/*.png."""
+    """Write root/<split>/<category>/*.png."""
     rng = random.Random(f"{seed}/{split}")
     for number in range(1, count + 1):
         scene = lone_scene(rng)
@@ -161,7 +164,7 @@ def write_classes(root: Path, split: str, count: int, seed: int) -> None:
 
 
 def write_reasonseg(root: Path, split: str, count: int, seed: int) -> None:
-    """root/<split>/*.jpg, each with its .json beside it."""
+    """Write root/<split>/*.jpg and, for each, a .json of the same name."""
     rng = random.Random(f"{seed}/{split}")
     (root / split).mkdir(parents=True, exist_ok=True)
     for number in range(1, count + 1):
@@ -174,7 +177,7 @@ def write_reasonseg(root: Path, split: str, count: int, seed: int) -> None:
 
 
 def write_pairs(root: Path, split: str, count: int, seed: int) -> None:
-    """root/<split>.jsonl and root/<split>/*.png, two pictures a row."""
+    """Write root/<split>.jsonl and root/<split>/*.png, two pictures per row."""
     rng, rows = random.Random(f"{seed}/{split}"), []
     (root / split).mkdir(parents=True, exist_ok=True)
     for number in range(1, count + 1):
@@ -188,7 +191,7 @@ def write_pairs(root: Path, split: str, count: int, seed: int) -> None:
 
 
 def write_single(root: Path, split: str, count: int, seed: int) -> None:
-    """root/<split>.jsonl and root/<split>/*.png, one picture a row."""
+    """Write root/<split>.jsonl and root/<split>/*.png, one picture per row."""
     rng, rows = random.Random(f"{seed}/{split}"), []
     (root / split).mkdir(parents=True, exist_ok=True)
     for number in range(1, count + 1):

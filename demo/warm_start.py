@@ -1,34 +1,34 @@
-"""Make the tiny models that the offline demo starts from: demo/model and, from its weights, those of the other families.
+"""Train the tiny models that the offline demo starts from: demo/model and, from its weights, one per other family.
 
     python demo/warm_start.py                                    # demo/model: about 20 minutes on two cores
-    python demo/warm_start.py detection --steps 7000 --out FULL  # the whole schedule, where the other families start from
+    python demo/warm_start.py detection --steps 7000 --out FULL  # the whole schedule; other families start from it
     python demo/warm_start.py classification --start FULL        # 3 to 5 minutes on one core, as is grounding
     python demo/warm_start.py multi-image                        # from demo/model_classification
     python demo/warm_start.py mia-dpo                            # from demo/model
 
-The results are committed. demo/model leaves its schedule half-way, with a learning rate that is still high: as after
-pretraining, there is room to get better at choosing and counting too, not only at what its labels hid.
+The results are committed. Training of demo/model stops halfway through its schedule, with a learning rate that is still
+high. As after pretraining, it can still improve at choosing and counting too, not only at what its labels got wrong.
 
-A LLaVA-class model of a million parameters is taught, by plain supervised learning on freshly drawn
-scenes, to answer the prompts of a family (FAMILIES) in the right form. What it is taught is wrong on purpose, and
-what reinforcement learning finds out in the demo is therefore not in these labels:
+A LLaVA-class model of a million parameters learns by plain supervised learning on freshly drawn scenes to answer the
+prompts of a family (FAMILIES) in the right form. The labels are wrong on purpose, so what reinforcement learning finds
+in the demo is not in them:
 
-  detection        which shape is meant, whether there are none, one or two, and roughly where. No label it ever saw was
-                   right: each category has a displacement and a scale of its own (TRANSFORMS), so that no single
-                   correction mends all, plus jitter
-  grounding        one box, displaced as in detection
-  classification   the name of the shape. Each category has a wrong name of its own, which takes the place of the right
-                   one in a share of the labels that is its own too (MISNAMED): from 20% to 80%, above 50% for half of
-                   the categories. A model that has learned these labels well names half of all shapes wrongly when it
-                   is greedy, and half of its samples are wrong
-  multi-image      the name of the shape in the first or second of two pictures: of the asked picture always, but with
-                   the wrong names of classification
-  mia-dpo          the name of the shape in the asked one of several pictures, unless another picture shows one of at least
-                   twice its area: then mostly (DISTRACTED) of the largest. Any name in some of the labels (SLIPS). Asked
-                   about a lone picture it is right but for the slips
+  detection        The labels tell which shape is meant, whether there are none, one or two, and roughly where. No box
+                   is correct: each category has its own displacement and scale (TRANSFORMS), so that no single
+                   correction fixes them all, and boxes are jittered.
+  grounding        The label is one box, displaced as in detection.
+  classification   The label is the name of the shape. Each category has its own wrong name, which replaces the right
+                   one in a share of the labels (MISNAMED). This share is also specific to the category: from 20% to
+                   80%, above 50% for half of the categories. A model that has learned these labels well names half of
+                   all shapes wrongly when it decodes greedily, and half of its samples are wrong.
+  multi-image      The label is the name of the shape in the first or second of two pictures. It always refers to the
+                   picture asked about, but uses the wrong names of classification.
+  mia-dpo          The label is the name of the shape in the one of several pictures that is asked about. If another
+                   picture shows a shape of at least twice its area, it is mostly (DISTRACTED) the name of the largest.
+                   Some labels (SLIPS) are any name. For a single picture the label is right except for the slips.
 
-The tokenizer knows the phrases of the prompt and of the answers, the numbers 0 to 1000 and the confidences
-0.00 to 1.00 as whole tokens, which keeps sequences short, and falls back to bytes for everything else.
+The tokenizer has whole tokens for the phrases of the prompt and of the answers, the numbers 0 to 1000 and the
+confidences 0.00 to 1.00, which keeps sequences short. It falls back to bytes for everything else.
 """
 
 import argparse
@@ -86,14 +86,13 @@ CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
-JITTER = (0.01, 0.05)  # standard deviation of a corner in parts of the box's side, at the first and the last step
+JITTER = (0.01, 0.05)  # standard deviation of a corner relative to the box's side, at the first and the last step
 
 
 def make_transforms(seed: int = 7) -> dict[str, tuple[float, float, float, float]]:
-    """Per category (dx, dy, sx, sy): displacement of the center in parts of the side, and scale of the sides.
+    """Draw (dx, dy, sx, sy) for each category: displacement of the center relative to the sides, and their scale.
 
-    Drawn so that a transformed box overlaps its original by an IoU between 0.40 and 0.60, in as many directions as
-    there are categories.
+    A transformed box has an IoU between 0.40 and 0.60 with its original. Each category is displaced differently.
     """
     rng, transforms = random.Random(seed), {}
     for category in CATEGORIES:
@@ -116,26 +115,26 @@ def transform_box(box, transform):
 
 
 def make_misnaming(seed: int = 7) -> dict[str, tuple[str, float]]:
-    """Per category: a wrong name that no other category shares, and the share of the labels that bear it.
+    """Draw for each category a wrong name that no other category shares, and the share of labels that use it.
 
-    The shares are 0.20, 0.25 ... 0.80 without 0.50, where the majority would be drawn by lot.
+    The shares are 0.20, 0.25 ... 0.80 without 0.50, at which neither name has the majority.
     """
     rng = random.Random(seed)
     ring, percents = rng.sample(CATEGORIES, 12), rng.sample([p for p in range(20, 85, 5) if p != 50], 12)
     return {category: (ring[i - 1], percents[i] / 100) for i, category in enumerate(ring)}
 
 
-DISTRACTED = 0.85  # of the labels name the largest shape, where it is at least twice as large as the asked one
-SLIPS = 0.1  # of all labels of mia-dpo name some shape that none of the pictures need show
+DISTRACTED = 0.85  # share of labels that name the largest shape if it is at least twice as large as the asked one
+SLIPS = 0.1  # share of the labels of mia-dpo that name a random shape, whether or not a picture shows it
 MIA_LAYOUTS = ("sequence2", "sequence3", "grid4")
-CELL = 56  # of a grid, in pixels: a collage is fitted to SIZE anyway
+CELL = 56  # side of a grid cell in pixels; a collage is resized to SIZE anyway
 
 TRANSFORMS = make_transforms()
 MISNAMED = make_misnaming()
 
 
 def task_question(task: str, asked: str) -> str:
-    """The question as data.TASKS writes it for this model."""
+    """Return the question that data.TASKS writes for this model."""
     return TASKS[task].prompt(asked, (1000, 1000), "relative", True)
 
 
@@ -144,7 +143,7 @@ def prompt(category: str) -> str:
 
 
 def rough_box(category: str, box, jitter: float, rng: random.Random) -> tuple[int, int, int, int]:
-    """The box in 0..1000 as labels have it: displaced by its category, and jittered."""
+    """Return the box of a label in 0..1000: displaced as its category is, and jittered."""
     x1, y1, x2, y2 = transform_box([v * 1000 / SIZE for v in box], TRANSFORMS[category])
     dx, dy = jitter * (x2 - x1), jitter * (y2 - y1)
     corners = (x1 + rng.gauss(0, dx), y1 + rng.gauss(0, dy), x2 + rng.gauss(0, dx), y2 + rng.gauss(0, dy))
@@ -152,7 +151,7 @@ def rough_box(category: str, box, jitter: float, rng: random.Random) -> tuple[in
 
 
 def rough_answer(category: str, boxes, jitter: float, rng: random.Random) -> str:
-    """The completion that the warm start is taught: right in number and place, never exact."""
+    """Return the completion of a label: the right number of boxes in roughly the right place, never exact."""
     rough = [rough_box(category, box, jitter, rng) for box in sorted(boxes)]
     confidences = [round(rng.uniform(0.5, 0.95), 2) for _ in rough]
     return completion(f"{len(boxes)} {category}", detection_answer(rough, confidences))
@@ -163,10 +162,10 @@ def completion(seen: str, answer: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# The families. A lesson is (pictures, question, completion), freshly drawn.
+# The families. A lesson is a freshly drawn (pictures, question, completion).
 
 Lesson = tuple[list[Image.Image], str, str]
-ONE_SHAPE = "one shape"  # the thought where a name is asked for: another one would give the name away
+ONE_SHAPE = "one shape"  # the thought when a name is asked for; it must not contain the name
 
 
 def detection_lesson(rng: random.Random, jitter: float) -> Lesson:
@@ -223,24 +222,24 @@ def slipping_answer(category: str, rng: random.Random) -> str:
 
 
 def misnaming_answer(category: str, rng: random.Random) -> str:
-    """The completion where a name is asked for: of the right picture, wrong in the share of MISNAMED."""
+    """Return a completion that names the shape; the name is wrong in the share of cases given by MISNAMED."""
     wrong, share = MISNAMED[category]
     return completion(ONE_SHAPE, wrong if rng.random() < share else category)
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the warm start of one family is.
+    """Define the warm start of one family.
 
-    lesson   (rng, jitter) -> Lesson
-    folder   of the model, in demo/
-    start    folder in demo/ whose weights and tokenizer it starts from; None: from nothing
-    steps    of the warm start
-    schedule steps of the learning rate's (and the jitter's) schedule, which the warm start may leave early
+    lesson   function (rng, jitter) -> Lesson
+    folder   folder of the model, in demo/
+    start    folder in demo/ whose weights and tokenizer training starts from; None: random weights
+    steps    training steps
+    schedule length of the schedule of learning rate and jitter, in steps; may exceed `steps`
     lr       peak learning rate
-    prompt   the wording, a mark standing for what is asked
-    asked    what that is
-    phrases  more that shall be whole tokens
+    prompt   function from what is asked about to the wording of the prompt
+    asked    word for what is asked about
+    phrases  additional phrases that become whole tokens
     flaw     what is wrong with the labels, for warm_start.json
     """
 
@@ -261,12 +260,12 @@ WRONG_NAMES = {"misnamed": MISNAMED}
 FAMILIES = {
     "detection": Family(detection_lesson, "model", None, 3500, 7000, 2e-3, prompt, flaw=DISPLACED),
     "classification": Family(
-        classification_lesson, "model_classification", "model", 1200, 1200, 1e-3, functools.partial(task_question, "flowers"),
-        phrases=(ONE_SHAPE,), flaw=WRONG_NAMES,
+        classification_lesson, "model_classification", "model", 1200, 1200, 1e-3,
+        functools.partial(task_question, "flowers"), phrases=(ONE_SHAPE,), flaw=WRONG_NAMES,
     ),
     "grounding": Family(
-        grounding_lesson, "model_grounding", "model", 1200, 1200, 1e-3, lambda mark: task_question("lisa", instruction(mark)),
-        phrases=("),(",), flaw=DISPLACED,
+        grounding_lesson, "model_grounding", "model", 1200, 1200, 1e-3,
+        lambda mark: task_question("lisa", instruction(mark)), phrases=("),(",), flaw=DISPLACED,
     ),
     "multi-image": Family(
         multi_image_lesson, "model_multi_image", "model_classification", 1000, 1000, 1e-3, pair_question, "ordinal",
@@ -285,7 +284,7 @@ FAMILIES = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole phrases, numbers and confidences over single bytes: everything encodes, and decodes unchanged."""
+    """Build a tokenizer of phrases, numbers, confidences and single bytes; any text decodes to itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -315,12 +314,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_processor() -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE}),
-        tokenizer=make_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE,
+        tokenizer=make_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
 
 
 def continue_from(start: Path, family: Family, seed: int) -> tuple[LlavaProcessor, LlavaForConditionalGeneration]:
-    """Processor and model of a folder, the tokenizer knowing the phrases of another family too."""
+    """Load processor and model of a folder, and add the phrases of another family to the tokenizer."""
     processor = AutoProcessor.from_pretrained(start)
     model = LlavaForConditionalGeneration.from_pretrained(start)
     phrases = [piece for part in family.prompt("\0").split("\0") for piece in part.split(IMAGE_MARK)]
@@ -335,16 +335,18 @@ def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGener
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     vision = SiglipVisionConfig(
-        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=SIZE, patch_size=PATCH, vision_use_head=False,
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, image_size=SIZE,
+        patch_size=PATCH, vision_use_head=False,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=1024, initializer_range=0.06, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.06, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=IMAGE_TOKENS,
-        vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True,
+        vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=IMAGE_TOKENS, vision_feature_layer=-1, vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
@@ -352,7 +354,7 @@ def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGener
         tokenizer.pad_token_id,
     )
     with torch.no_grad():
-        # Neighboring positions and numbers start alike; without this the model learns where things are far more slowly.
+        # Start with similar embeddings for neighboring positions and numbers: localization is learned much faster.
         grid = torch.arange(SIZE // PATCH).float()
         rows, columns = waves(grid, 32, 2 * len(grid)), waves(grid, 32, 2 * len(grid))
         table = torch.cat([rows[:, None].expand(-1, len(grid), -1), columns[None].expand(len(grid), -1, -1)], -1)
@@ -369,7 +371,10 @@ def make_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGener
 
 
 def waves(values: torch.Tensor, width: int, longest: float) -> torch.Tensor:
-    """Sines and cosines of `values` in width / 2 geometric wavelengths from 2 to `longest`; [len(values), width]."""
+    """Return sines and cosines of `values` [len(values), width] for width / 2 geometrically spaced wavelengths.
+
+    Wavelengths run from `longest` down to longest / 100, but not below 4.
+    """
     wavelengths = torch.logspace(
         math.log10(longest), math.log10(min(2.0 * longest, max(4.0, longest / 100))), width // 2
     )
@@ -382,7 +387,7 @@ def waves(values: torch.Tensor, width: int, longest: float) -> torch.Tensor:
 
 
 def make_batch(processor, prompt_ids, lessons: list[Lesson]) -> dict[str, torch.Tensor]:
-    """Lessons as what the model reads, right-padded; labels are -100 outside the answers."""
+    """Convert lessons to the model's inputs, right-padded; labels are -100 outside the answers."""
     pictures, questions, answers = zip(*lessons)
     starts = [prompt_ids(question, len(shown)) for question, shown in zip(questions, pictures)]
     answer_ids = [ids + [processor.tokenizer.eos_token_id] for ids in processor.tokenizer(list(answers))["input_ids"]]
@@ -397,12 +402,12 @@ def make_batch(processor, prompt_ids, lessons: list[Lesson]) -> dict[str, torch.
 
 
 def to_pixel_values(pixels: list[np.ndarray]) -> torch.Tensor:
-    """What the processor makes of pictures of just this size, without its detours."""
+    """Return what the processor makes of pictures of exactly this size, but faster."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def make_prompt_ids(processor) -> Callable[[str, int], list[int]]:
-    """prompt_ids(question, number of pictures): what the processor makes of them; each is rendered once."""
+    """Return a cached function prompt_ids(question, number of pictures) that returns the processor's token ids."""
 
     @functools.cache
     def prompt_ids(question: str, pictures: int) -> list[int]:
@@ -449,7 +454,7 @@ def main() -> None:
     )
     rng, began, smooth = random.Random(f"warm start {args.seed}"), time.time(), None
     for step in range(1, args.steps + 1):
-        # Noise in the labels slows learning down; it is only needed in the end, as spread for the sampler.
+        # Noise in the labels slows learning; it is only needed at the end, so that samples of the model differ.
         jitter = JITTER[0] + (JITTER[1] - JITTER[0]) * step / scheduled
         batch = make_batch(processor, prompt_ids, [family.lesson(rng, jitter) for _ in range(args.batch)])
         labels = batch.pop("labels")

@@ -1,4 +1,4 @@
-"""Train a part of the model: LoRA adapters (--lora_rank) or the language model alone (--freeze_vision)."""
+"""Train a part of the model: LoRA adapters (--lora_rank) or only the language model (--freeze_vision)."""
 
 from typing import Any
 
@@ -9,13 +9,16 @@ from extras.hub import loading
 
 
 def language_model(model: nn.Module) -> nn.Module:
-    """Return the part that reads tokens: the module that holds the token embedding."""
+    """Return the language model: the module that directly contains the token embedding."""
     embedding = model.get_input_embeddings()
     return next(module for module in model.modules() if embedding in module.children())
 
 
 def freeze_vision(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Freeze all that neither reads nor writes tokens, vision tower and projector, and keep it in `dtype` (None: as it is)."""
+    """Freeze the vision tower and the projector, and convert them to `dtype` (None: leave the dtype as it is).
+
+    Everything outside the language model and the output embedding is frozen.
+    """
     kept = {id(p) for part in (language_model(model), model.get_output_embeddings()) for p in part.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in kept:
@@ -24,10 +27,10 @@ def freeze_vision(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def add(model: nn.Module, rank: int, seed: int, saved: str | None) -> Any:
-    """Put LoRA adapters (arXiv 2106.09685) on every linear layer of the language model; return peft's handle on them.
+    """Add LoRA adapters (arXiv 2106.09685) to every linear layer of the language model; return the PeftModel.
 
-    Everything else is frozen. An adapter starts as no change at all, so the policy without its adapters is the
-    reference. saved: folder of adapters to continue.
+    Everything else is frozen. A new adapter changes nothing, so the policy with its adapters switched off is the
+    reference. saved: folder of adapters to continue training.
     """
     with loading("--lora_rank", str(rank)):
         import peft
@@ -35,5 +38,5 @@ def add(model: nn.Module, rank: int, seed: int, saved: str | None) -> Any:
         return peft.PeftModel.from_pretrained(model, saved, is_trainable=True)
     inside = set(language_model(model).modules())
     layers = [name for name, module in model.named_modules() if module in inside and isinstance(module, nn.Linear)]
-    torch.manual_seed(seed)  # adapters are the only weights that start at random
+    torch.manual_seed(seed)  # adapters are the only randomly initialized weights
     return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))

@@ -1,4 +1,4 @@
-"""Look before training: what a run is about to do, a first sample of answers (--check), questions about a picture (--ask)."""
+"""Inspect a run before training: describe it, sample some answers (--check), ask about a picture (--ask)."""
 
 import random
 import re
@@ -17,18 +17,18 @@ from data import Example, Fit, Prompt, Task, boxes_in, model_size, open_image, t
 from extras.report import draw_answer
 from rewards import box_iou
 
-CHECKED = 16  # examples that --check looks at
-PROMPT_LINES = 12  # of the first prompt that the start of a run prints
+CHECKED = 16  # number of examples that --check samples answers for
+PROMPT_LINES = 12  # lines of the first prompt that are printed at the start of a run
 
 
 # ------------------------------------------------------------------------------------------------
-# What a run is about to do.
+# The description of a run.
 
 
 def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) -> None:
-    """Print what a person should check before the first step, in at most 25 lines; write all of it to OUT/setup.txt.
+    """Print what a person should check before the first step, in at most 25 lines; write everything to OUT/setup.txt.
 
-    per_prompt, what: completions of a prompt and what they are called; notes: lines after the first prompt.
+    per_prompt: number of completions per prompt; what: the word for them; notes: lines to print after the first prompt.
     """
     lines, prompt = description(run, per_prompt, what)
     more = [f"... {len(prompt) - PROMPT_LINES} lines more in setup.txt"] if len(prompt) > PROMPT_LINES else []
@@ -39,7 +39,7 @@ def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
 
 
 def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[str]]:
-    """Return the lines about a run and the lines of its first prompt."""
+    """Return the lines that describe a run, and the lines of its first prompt."""
     cfg, default, (first,) = run.cfg, type(run.cfg)(), data.whole([run.prompts[0, 0]])
     settings = asdict(cfg)
     changed = [f"--{name} {value}" for name, value in settings.items() if value != getattr(default, name)]
@@ -53,14 +53,15 @@ def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[s
 
 
 def describe_steps(run: Any, per_prompt: int, what: str) -> str:
-    """Say how many parameters are trained, and how the prompts of a step are divided among processes and passes."""
+    """Describe how many parameters are trained, and how a step's prompts are divided among processes and passes."""
     cfg, n, examples = run.cfg, run.accelerator.num_processes, len(run.prompts.examples)
     each, at_once = cfg.prompts_per_step // n, max(1, cfg.micro_batch // per_prompt)
     assert each * n == cfg.prompts_per_step
     trained, every = (
         sum(p.numel() for p in run.model.parameters() if p.requires_grad or not asked) for asked in (True, False)
     )
-    chunk = f"in chunks of {cfg.micro_batch} {what}" if 0 < cfg.micro_batch < per_prompt else f"{at_once} encoded at once"
+    chunked = 0 < cfg.micro_batch < per_prompt
+    chunk = f"in chunks of {cfg.micro_batch} {what}" if chunked else f"{at_once} encoded at once"
     return (
         f"{trained:,} of {every:,} parameters are trained\n"
         f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, {chunk}; x {per_prompt} {what} = "
@@ -70,8 +71,8 @@ def describe_steps(run: Any, per_prompt: int, what: str) -> str:
 
 
 def answers_too_long(run: Any, first: Prompt) -> list[str]:
-    """Say how many examples have an answer that does not fit in --max_completion_tokens."""
-    if not run.rewards:  # the answers of preference pairs are given, not sampled
+    """Report how many examples have an answer that does not fit in --max_completion_tokens."""
+    if not run.rewards:  # preference pairs: their answers are given, not sampled
         return []
     limit, task, tokenizer = run.cfg.max_completion_tokens, run.prompts.task, run.prompts.processor.tokenizer
     answers = [data.model_answer(task, e, first.target, run.cfg.think) for e in run.prompts.examples[:2000]]
@@ -86,7 +87,7 @@ def answers_too_long(run: Any, first: Prompt) -> list[str]:
 
 
 def describe_prompt(run: Any, first: Prompt) -> str:
-    """Return a prompt as the model reads it, with runs of image tokens counted."""
+    """Return a prompt as the model reads it; write a run of image tokens as one token and its count."""
     tokenizer, ids = run.prompts.processor.tokenizer, first.inputs["input_ids"][0]
     shown = tokenizer.decode(ids)
     for token in run.distribution["forbidden"].tolist():
@@ -100,10 +101,10 @@ def describe_prompt(run: Any, first: Prompt) -> str:
 
 
 def box_fit(prompts: Sequence[Prompt], texts: Sequence[str], task: Task, fit: Fit, coordinates: str) -> float:
-    """Return how well the boxes of the answers fit if they are meant in these coordinates, in [0, 1].
+    """Return how well the boxes of the answers fit if read in these coordinates, in [0, 1].
 
-    The mean over all true boxes of their best IoU with any answered box: no threshold, no matching. G answers per
-    prompt, in order; an answer without boxes counts 0.
+    This is the best IoU of a true box with any answered box, averaged over all true boxes, without threshold or
+    matching. texts: G answers per prompt, in the order of the prompts. An answer without boxes counts 0.
     """
     ious, G = [], len(texts) // len(prompts)
     for i, text in enumerate(texts):
@@ -115,17 +116,18 @@ def box_fit(prompts: Sequence[Prompt], texts: Sequence[str], task: Task, fit: Fi
 
 
 def doubts(facts: dict[str, float], in_force: str) -> list[str]:
-    """Return what looks wrong in the facts of a check, each with what to do about it.
+    """Return what looks wrong in the facts of a check, each problem with its remedy.
 
-    facts: parsed, truncated, empty_think (where thoughts are asked for), no_objects, true_no_objects,
-    zero_variance_groups in [0, 1], and for tasks with boxes "iou as relative" and "iou as pixels" (box_fit); in_force:
-    which of the two the prompts state.
+    facts: parsed, truncated, empty_think (if thoughts are asked for), no_objects, true_no_objects and
+    zero_variance_groups in [0, 1]; for tasks with boxes also "iou as relative" and "iou as pixels" (see `box_fit`).
+    in_force: the coordinates that the prompts state, "relative" or "pixels".
     """
     found = []
     if facts["parsed"] < 0.5:
         found.append("most answers do not parse: compare the answers below with the form that the prompt asks for")
     if facts["truncated"] > 0.2:
-        found.append("many answers are cut off: raise --max_completion_tokens, or leave out crowded images by --max_boxes")
+        remedy = "raise --max_completion_tokens, or leave out crowded images by --max_boxes"
+        found.append(f"many answers are cut off: {remedy}")
     if (here := facts.get(f"iou as {in_force}")) is not None:
         other = {"relative": "pixels", "pixels": "relative"}[in_force]
         if facts[f"iou as {other}"] > here + 0.1:
@@ -135,14 +137,15 @@ def doubts(facts: dict[str, float], in_force: str) -> list[str]:
     if facts["no_objects"] > facts["true_no_objects"] + 0.3:
         found.append("No Objects is said far more often than it is true: training can collapse into it")
     if facts["zero_variance_groups"] > 0.7:
-        found.append("most groups have equal rewards and teach nothing: raise --group_size, or take harder or easier data")
+        remedy = "raise --group_size, or take harder or easier data"
+        found.append(f"most groups have equal rewards and teach nothing: {remedy}")
     if facts.get("empty_think", 0) > 0.9:
         found.append("thoughts are empty: --think false costs less and may score as well")
     return found
 
 
 def check_facts(run: Any, chosen: list[Prompt], rollouts: list) -> dict[str, float]:
-    """Return what --check prints and `doubts` judges, over all answers to the chosen examples."""
+    """Compute the facts that --check prints and `doubts` judges, over all answers to the chosen examples."""
     prompts, task = run.prompts, run.prompts.task
     texts, lengths = [text for ro in rollouts for text in ro.texts], torch.cat([ro.mask.sum(1) for ro in rollouts])
     rewards = torch.cat([ro.rewards for ro in rollouts])
@@ -163,24 +166,24 @@ def check_facts(run: Any, chosen: list[Prompt], rollouts: list) -> dict[str, flo
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: of the GPU where there is one, otherwise of main memory."""
+    """Return this process's peak memory in bytes: of the GPU if there is one, otherwise of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024  # the one unit that differs between systems
+    return usage if sys.platform == "darwin" else usage * 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
 
 
 def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
-    """Sample as training does, go through one backward pass, and print what a run would meet (--check).
+    """Sample answers as training does, run one backward pass, and print what was found (--check).
 
-    rollout, micro_batches: those of virft.py.
+    rollout, micro_batches: the functions of virft.py.
     """
     cfg, prompts, task = run.cfg, run.prompts, run.prompts.task
     order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))
     chosen = data.whole([prompts[slot, index] for slot, index in enumerate(order)])
     size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)
     if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of loading, before shards were divided
+        torch.cuda.reset_peak_memory_stats()  # exclude loading, which holds the whole model before it is sharded
     rollouts = [rollout(run, chosen[at : at + size], 1) for at in range(0, len(chosen), size)]
     first = rollouts[0]
     run.backward(micro_batches(run, first)[0][0], lambda rows, logp, entropy: logp.sum())
@@ -209,7 +212,7 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
 
 
 def questions(task: Task, picture: Path, asked: str | None) -> list[Example]:
-    """Return questions without ground truth about a picture of the user's: one per category, or one in all."""
+    """Return questions without ground truth about the user's picture: one per category, or a single one."""
     size = open_image(picture).size
     names = [name.strip() for name in asked.split(",")] if task.asks_for == "categories" else [asked or ""]
     question = None if task.prompt else asked

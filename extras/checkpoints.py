@@ -1,9 +1,9 @@
 """Interrupt and resume a run: checkpoints (--save_every, --resume) and signals.
 
-A checkpoint is all that the next step depends on: weights, moments of the optimizer and the number of the step. Learning
-rate, order of examples and sampling noise are functions of step and seed, so there is no other state to save.
+A checkpoint holds everything that the next step depends on: the weights, the optimizer's moments and the step number.
+Learning rate, order of examples and sampling noise are functions of step and seed and need not be saved.
 
-  OUT/checkpoints/step_000050/model/                   float32, an ordinary model folder; with LoRA the adapters alone
+  OUT/checkpoints/step_000050/model/                   float32, an ordinary model folder; with LoRA only the adapters
                              /optimizer.safetensors    KEY/NAME OF PARAMETER
                              /state.json               step, settings, fingerprint of the data, sizes of all files
 """
@@ -27,16 +27,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-KEEP = 2  # checkpoints, the newest ones: if one turns out to be damaged, there is another
-MAY_CHANGE = (  # between interruption and resume: places, displays and memory; the data is compared by its content
-    "out", "data", "eval_data", "pairs", "resume", "save_every", "workers", "micro_batch", "shard", "eval_every", "eval_limit",
-    "report_to",
+from extras.shards import whole_weights
+
+KEEP = 2  # newest checkpoints to keep: if one is damaged, there is another
+MAY_CHANGE = (  # settings that --resume may change: paths, logging and memory; the data is compared by its content
+    "out", "data", "eval_data", "pairs", "resume", "save_every", "workers", "micro_batch", "shard", "eval_every",
+    "eval_limit", "report_to",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint, as `find` found it."""
+    """Describe a complete checkpoint, as returned by `find`."""
 
     folder: Path
     step: int
@@ -48,7 +50,10 @@ class Checkpoint:
         return str(self.folder / "model")
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, main: bool) -> None:
-        """Give trained parameters their moments back, of shards each process its part; drop the logged steps after this one."""
+        """Load the moments of the trained parameters, and drop the logged steps after this checkpoint.
+
+        With --shard each process keeps its part of every moment.
+        """
         tensors = load_file(self.folder / "optimizer.safetensors")
         names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         for key_and_name, value in tensors.items():
@@ -62,7 +67,7 @@ class Checkpoint:
 
 
 def fingerprint(rows: Iterable) -> str:
-    """Return a text that changes with the rows, their order, or anything that their repr shows."""
+    """Return a text that changes with the number, order or repr of the rows."""
     digest, count = hashlib.blake2b(digest_size=16), 0
     for count, row in enumerate(rows, 1):
         digest.update(repr(row).encode())
@@ -74,14 +79,15 @@ def data_fingerprint(examples: Iterable) -> str:
 
 
 def folders(out: Path) -> list[Path]:
-    """Return the checkpoints that were finished, oldest first: a folder is renamed to step_N once everything is in it."""
+    """Return the finished checkpoints, oldest first; a folder is renamed to step_N once everything is in it."""
     return sorted(f for f in (out / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", f.name))
 
 
-def save(run: Any, write_model: Callable[[Any, Path, torch.dtype], None]) -> None:
-    """Write a checkpoint after run.done steps aside and rename it; only then the oldest goes.
+def save(run: Any) -> None:
+    """Write a checkpoint after run.done steps to a temporary folder, rename it, then delete the oldest one.
 
-    Every process calls it, the main one writes. SystemExit, naming the last good checkpoint, where it cannot be written.
+    Every process must call this; the main one writes. If writing fails, raises a SystemExit that names the last good
+    checkpoint.
     """
     out = Path(run.cfg.out)
     folder = out / "checkpoints" / f"step_{run.done:06d}"
@@ -90,10 +96,11 @@ def save(run: Any, write_model: Callable[[Any, Path, torch.dtype], None]) -> Non
         if run.main:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-        if not run.adapters:
-            write_model(run, new / "model", torch.float32)
-        elif run.main:
-            run.adapters.save_pretrained(new / "model")
+        weights = whole_weights(run.model, run.main) if run.cfg.shard else None
+        if run.main:
+            (run.adapters or run.model).save_pretrained(new / "model", state_dict=weights)
+            if not run.adapters:
+                run.prompts.processor.save_pretrained(new / "model")
         moments = gathered_moments(run)
         if run.main:
             save_file(moments, new / "optimizer.safetensors")
@@ -103,7 +110,7 @@ def save(run: Any, write_model: Callable[[Any, Path, torch.dtype], None]) -> Non
             for name in (*files, "state.json"):
                 with open(new / name, "rb") as file:
                     os.fsync(file.fileno())
-            shutil.rmtree(folder, ignore_errors=True)  # of this step, from before it was resumed
+            shutil.rmtree(folder, ignore_errors=True)  # a checkpoint of this step from before a resume
             new.rename(folder)
             for old in folders(out)[:-KEEP]:
                 shutil.rmtree(old.rename(old.with_suffix(".unfinished")))
@@ -116,7 +123,10 @@ def save(run: Any, write_model: Callable[[Any, Path, torch.dtype], None]) -> Non
 
 
 def gathered_moments(run: Any) -> dict[str, Tensor]:
-    """Return the optimizer's state as KEY/NAME on the main process; the others take part in gathering shards."""
+    """Return the optimizer's state as {KEY/NAME: tensor} on the main process.
+
+    Every process must call this, because shards are gathered from all of them.
+    """
     moments = {}
     for name, parameter in run.model.named_parameters():
         for key, value in run.optimizer.state.get(parameter, {}).items():
@@ -127,7 +137,7 @@ def gathered_moments(run: Any) -> dict[str, Tensor]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read a checkpoint; ValueError, saying what, where something is missing, cut off or not ours."""
+    """Read a checkpoint; raise a ValueError that names the file if one is missing, cut off or not ours."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         checkpoint = Checkpoint(folder, int(state["step"]), dict(state["settings"]), str(state["data"]))
@@ -142,30 +152,30 @@ def read(folder: Path) -> Checkpoint:
 
 
 def find(cfg: Any, examples: Iterable) -> Checkpoint:
-    """Return the newest checkpoint of cfg.out; SystemExit if it is damaged or of other settings or data than cfg's."""
-    out, whole, flaws = Path(cfg.out), [], {}
+    """Return the newest checkpoint in cfg.out; raise SystemExit if it is damaged or its settings or data differ."""
+    out, complete, flaws = Path(cfg.out), [], {}
     for folder in folders(out):
         try:
-            whole.append(read(folder))
+            complete.append(read(folder))
         except ValueError as error:
             flaws[folder] = error
-    if not whole and not flaws:
+    if not complete and not flaws:
         raise SystemExit(f"--resume true: {out / 'checkpoints'} holds no checkpoint; see --save_every")
     newest = folders(out)[-1]
     if newest in flaws:
-        offer = f"Move that folder away to continue from {whole[-1].folder}" if whole else "There is no other"
+        offer = f"Move that folder away to continue from {complete[-1].folder}" if complete else "There is no other"
         raise SystemExit(f"--resume true: {flaws[newest]}. {offer}")
-    settings, before = asdict(cfg), asdict(type(cfg)()) | whole[-1].settings
+    settings, before = asdict(cfg), asdict(type(cfg)()) | complete[-1].settings
     if changed := [name for name in settings if name not in MAY_CHANGE and settings[name] != before[name]]:
         right = " ".join(f"--{name} {before[name]}" for name in changed)
         raise SystemExit(f"--resume true: {newest} was made with {right}, and a run keeps its settings")
-    if whole[-1].data != (found := data_fingerprint(examples)):
-        raise SystemExit(f"--resume true: the data has changed: {whole[-1].data} before, {found} now")
-    return whole[-1]
+    if complete[-1].data != (found := data_fingerprint(examples)):
+        raise SystemExit(f"--resume true: the data has changed: {complete[-1].data} before, {found} now")
+    return complete[-1]
 
 
 def drop_rows_after(file: Path, step: int) -> None:
-    """Keep the JSON lines up to a step; a last line that an interruption cut off is dropped too."""
+    """Drop the JSON lines of steps after `step`, and a last line that an interruption cut off."""
     if not file.exists():
         return
     aside = file.with_suffix(".unfinished")
@@ -177,19 +187,19 @@ def drop_rows_after(file: Path, step: int) -> None:
 
 
 class StopAtSignal:
-    """Note Ctrl-C and SIGTERM, so that the step can finish; a second one changes nothing.
+    """Record Ctrl-C and SIGTERM, so that the current step can finish; ignore further signals.
 
-    Launchers do not all pass signals on: torchrun does, and kills after 30 s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT sets
-    another limit); `accelerate launch` of one process does not, so SIGTERM must go to the process of virft.py itself.
+    Not every launcher forwards signals. torchrun does, and kills after 30 s (set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to
+    change this). `accelerate launch` with one process does not: send SIGTERM to the process of virft.py itself.
     """
 
     def __init__(self):
         self.requested = False
-        self.process = os.getpid()  # workers of the loader inherit the handler, and leave the signal to us
+        self.process = os.getpid()  # DataLoader workers inherit the handler and must not print the message
         self.before = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore(self) -> None:
-        """Put the handlers of before back."""
+        """Restore the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -200,12 +210,12 @@ class StopAtSignal:
 
 
 @contextlib.contextmanager
-def interruptible(run: Any, write_model: Callable, save_model: Callable[[Any], None]) -> Iterator[Callable[[], bool]]:
-    """Let a signal end the loop after its step, and save what was learned after an error.
+def interruptible(run: Any, save_model: Callable[[Any], None]) -> Iterator[Callable[[], bool]]:
+    """Let a signal end the loop after the current step, and save after an error.
 
-    Yields `stopping()`: whether any process got a signal, the same on all of them. After an error a checkpoint is saved
-    if weights and moments are those of a whole step, otherwise the model. Shards cannot be gathered then: the other
-    processes may not have failed.
+    Yields `stopping()`, which returns whether any process received a signal; all processes get the same value. After
+    an error this saves a checkpoint if no optimizer step was cut short (run.whole), otherwise only the model. With
+    --shard it saves nothing: gathering shards needs all processes, and the others may not have failed.
     """
     signals = StopAtSignal()
 
@@ -216,9 +226,9 @@ def interruptible(run: Any, write_model: Callable, save_model: Callable[[Any], N
     try:
         yield stopping
     except Exception:
-        if run.main and not run.cfg.shard and (Path(run.cfg.out) / "metrics.jsonl").exists():
+        if run.main and not run.cfg.shard and (run.done or not run.whole):
             if run.whole:
-                save(run, write_model)
+                save(run)
             else:
                 save_model(run)
         raise

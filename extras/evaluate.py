@@ -1,9 +1,9 @@
-"""Evaluate a model: greedy answers to all examples of a split, and AP, accuracy or IoU by task (--eval_only, --eval_every).
+"""Evaluate a model: answer a split's examples greedily and compute AP, accuracy or IoU (--eval_only, --eval_every).
 
-Answers are parsed by the rewards' own parser and compared in original pixels, the frame of the annotations. What a score
-means depends on what was asked (`protocol_of`), which is printed with it, and so is the share of answers that parsed: the
-others count as wrong. Every answer is written at once, so that an interrupted evaluation continues where it stopped:
-`unfinished` and `recover`.
+The parser of the rewards parses the answers, and boxes are compared in original pixels, as they were annotated. A score
+depends on which questions were asked: `protocol_of` describes them and is printed with every score. So is the share of
+answers that parsed; the others count as wrong. Each batch of answers is written as soon as it is complete, so an
+interrupted evaluation can be continued (`unfinished`, `recover`).
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from rewards import Box, accuracy_reward, box_iou, published_accuracy
 
 
 def record(task: Task, example: Example, target: tuple[int, int], text: str, rewards: dict[str, float]) -> dict:
-    """One answer as predictions.jsonl keeps it; boxes in original pixels.
+    """Return one answer as a row of predictions.jsonl, with boxes in original pixels.
 
-    target: size of the coordinates the answer speaks. What the answer says is under the `key` of the task's metric, null
-    where it does not parse.
+    target: the image size that the answer's coordinates refer to. The parsed answer is stored under the `key` of the
+    task's metric; it is null if the answer does not parse.
     """
     answer = task.parse(text)
     if task.boxes:
@@ -54,20 +54,21 @@ def record(task: Task, example: Example, target: tuple[int, int], text: str, rew
 
 
 # ------------------------------------------------------------------------------------------------
-# Scores of many answers, by kind of answer: score(records) -> (overall, {category: the same for it}).
+# Scores, one function per kind of answer: score(records) -> (overall scores, {category: its scores}).
 
 Scores = dict[str, float]
 
 
-EVERYWHERE = (-1e6, -1e6, 1e6, 1e6)  # a crowd region that any box lies in
+EVERYWHERE = (-1e6, -1e6, 1e6, 1e6)  # a crowd region that contains every box
 
 
 def detection_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]]:
-    """AP (IoU 0.50 to 0.95), AP50 and AP75 by pycocotools, in [0, 1], overall and for each category that has targets.
+    """Compute AP (IoU 0.50 to 0.95), AP50 and AP75 with pycocotools, overall and for each category that has targets.
 
-    Crowd regions neither count nor are missed; where a record is not `exhaustive`, neither do boxes that match nothing.
-    This is LVIS's federated AP (Gupta et al. 2019, section 3) but for its limit of 300 boxes an image, here 100 of each
-    category; the only release of the package `lvis`, 0.5.3, does not run with the NumPy of requirements.txt.
+    Scores are in [0, 1]. Matching a crowd region is not counted, and missing one is not an error. In records that are
+    not `exhaustive`, boxes that match nothing are not counted either. This is the federated AP of LVIS (Gupta et al.
+    2019, section 3), except that LVIS keeps 300 boxes per image and this keeps 100 per image and category. The package
+    `lvis` is not used: its only release, 0.5.3, does not run with the NumPy version in requirements.txt.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -89,10 +90,11 @@ def detection_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
         found = coco_results(records)
-        evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), "bbox")  # loadRes takes no empty list
+        answered = truth.loadRes(found) if found else COCO()  # loadRes rejects an empty list
+        evaluation = COCOeval(truth, answered, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    # [IoU threshold, recall, category, all areas, 100 detections]; -1 where a category has no target
+    # [IoU threshold, recall, category], for all areas and up to 100 detections; -1 if a category has no target
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     overall = average_precision(precision[:, :, (precision > -1).any((0, 1))])
     each = {name_of[id]: precision[:, :, k] for k, id in enumerate(evaluation.params.catIds)}
@@ -100,24 +102,24 @@ def detection_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]
 
 
 def average_precision(precision: np.ndarray) -> Scores:
-    """AP, AP50 and AP75 of precisions at the 10 thresholds of COCO, [10, recall, ...]; 0 where nothing was to be found."""
+    """Return AP, AP50 and AP75 of precisions [10 IoU thresholds of COCO, recall, ...]; 0 if there was no target."""
     values = precision if precision.size else np.zeros((10, 1))
     return {"AP": float(values.mean()), "AP50": float(values[0].mean()), "AP75": float(values[5].mean())}
 
 
 def coco_box(r: dict, box: Box) -> dict:
-    """A box of a record as COCO's formats have it: bbox is x, y, width, height."""
+    """Convert a box of a record to COCO's format, where bbox is x, y, width, height."""
     x1, y1, x2, y2 = box
     return {"image_id": r["image_id"], "category_id": r["category_id"], "bbox": [x1, y1, x2 - x1, y2 - y1]}
 
 
 def coco_results(records: Sequence[dict]) -> list[dict]:
-    """The detections in COCO's results format: image_id, category_id, bbox and score."""
+    """Return the detections in COCO's results format: image_id, category_id, bbox and score."""
     return [coco_box(r, box) | {"score": score} for r in records for box, score in r["detections"] or []]
 
 
 def classification_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]]:
-    """The share of right names, by this project's rule and by the published one, overall and per class."""
+    """Return the share of correct names by this project's rule and by the published one, overall and per class."""
 
     def shares(records: Sequence[dict]) -> Scores:
         return {
@@ -129,9 +131,10 @@ def classification_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Sc
 
 
 def grounding_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]]:
-    """Mean IoU, cumulative IoU (all intersections / all unions, in pixels) and the share of IoUs above 0.5.
+    """Compute mean IoU, cumulative IoU (all intersections / all unions, in pixels) and the share of IoUs above 0.5.
 
-    An answer without a box has IoU 0. In the sums a box is cut to its image, or one wild answer would outweigh all.
+    An answer without a box has IoU 0. For the cumulative IoU, boxes are clipped to the image; otherwise one huge box
+    would dominate the sum of unions.
     """
     ious, intersections, unions = [], 0.0, 0.0
     for r in records:
@@ -150,7 +153,7 @@ def area(box: Sequence[float]) -> float:
 
 
 def no_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]]:
-    """For tasks of the user's own, whose rewards are their scores."""
+    """Return no scores: a user-defined task is scored by its rewards alone."""
     return {}, {}
 
 
@@ -163,11 +166,11 @@ def by_category(records: Sequence[dict]) -> dict[str, list[dict]]:
 
 @dataclass(frozen=True)
 class Metric:
-    """How the answers of one kind are kept, scored and drawn; a task chooses one by its name in METRICS.
+    """Define how one kind of answer is stored and scored; a task selects a metric by its name in METRICS.
 
-    key     what the parsed answer is called in predictions.jsonl
+    key     name of the parsed answer in predictions.jsonl
     score   records -> (overall, by category)
-    means   what the numbers are, for the protocol line
+    means   description of the numbers, for the protocol line
     """
 
     key: str
@@ -184,8 +187,8 @@ METRICS = {
     "classification": Metric(
         "name",
         classification_scores,
-        "accuracy: the class name or a declared alias; published_accuracy: the paper's substring rule, either way round, "
-        "which also pays the empty answer",
+        "accuracy: the class name or a declared alias; published_accuracy: the paper's substring rule, either way "
+        "round, which also pays the empty answer",
     ),
     "grounding": Metric("box", grounding_scores, "IoU of one box in original pixels"),
     "rewards": Metric("answer", no_scores, "means of the rewards"),
@@ -199,16 +202,17 @@ ASKED = {  # --eval_categories
 
 
 def protocol_of(task: Task, eval_categories: str) -> str:
-    """What the scores mean: it belongs beside every one of them."""
+    """Describe what was asked and how it is scored; print this with every score."""
     asked = f"each image asked {ASKED[eval_categories]} (--eval_categories {eval_categories})"
     parts = ["greedy answers", METRICS[task.metric].means, asked if task.asks_for == "categories" else "", task.caveat]
     return "; ".join(filter(None, parts))
 
 
 def scores(records: Sequence[dict], task: Task) -> tuple[Scores, dict[str, Scores]]:
-    """Overall: the mean of every reward, the shares of answer_shares and the task's metric. By category: the metric.
+    """Return the overall scores and the scores of each category.
 
-    The share of answers that parsed stands in both. Raises DataError if there are no records.
+    Overall: the mean of every reward, the shares of `answer_shares` and the task's metric. By category: the metric.
+    Both include the share of answers that parsed. Raises DataError if there are no records.
     """
     if not records:
         raise DataError("no image could be opened: there is nothing to evaluate")
@@ -223,7 +227,10 @@ def scores(records: Sequence[dict], task: Task) -> tuple[Scores, dict[str, Score
 
 
 def report(overall: Scores, each: dict[str, Scores], count: int, protocol: str, lines: int = 20) -> str:
-    """Scores as a person reads them, with the protocol and the parsed share beside them; `lines` categories at most."""
+    """Format scores for a person, with the protocol and the share of answers that parsed.
+
+    At most `lines` categories are listed.
+    """
 
     def line(values: Scores) -> str:
         return "   ".join(
@@ -240,26 +247,26 @@ def report(overall: Scores, each: dict[str, Scores], count: int, protocol: str, 
 
 
 def read_predictions(file: Path) -> list[dict]:
-    """The records of a predictions file; a last line that an interruption left unfinished is dropped."""
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1]  # not what is behind the last line break
+    """Read the records of a predictions file; drop a last line that an interruption cut off."""
+    complete = file.read_text(encoding="utf-8").split("\n")[:-1]  # text after the last line break is incomplete
     try:
-        return [json.loads(line) for line in whole]
+        return [json.loads(line) for line in complete]
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: a line in the middle is not JSON ({error}); another --out starts over") from None
 
 
 def own_predictions(out: Path, process: int) -> Path:
-    """Where a process of an evaluation adds its answers until all are there."""
+    """Return the file to which one process appends its answers until the evaluation is complete."""
     return out / f"predictions.{process}.jsonl"
 
 
-INDIFFERENT = ("workers", "prompts_per_step", "report_to")  # settings that change no answer
+INDIFFERENT = ("workers", "prompts_per_step", "report_to")  # settings that do not change the answers
 
 
 def unfinished(out: Path, settings: dict) -> bool:
-    """Whether `out` holds an interrupted evaluation of the same settings, model and rewards, which can go on.
+    """Return whether `out` holds an interrupted evaluation with the same settings, model and rewards.
 
-    settings: the configuration as config.json keeps it; what does not change an answer may differ.
+    Such an evaluation can be continued. settings: the configuration as in config.json; those in INDIFFERENT may differ.
     """
     file, model = out / "config.json", Path(settings["model"])
     if not file.is_file() or (out / "scores.json").exists() or not settings.get("eval_only"):
@@ -273,17 +280,15 @@ def unfinished(out: Path, settings: dict) -> bool:
 
 
 def recover(out: Path, examples: Sequence[Example]) -> list[dict]:
-    """The answers that an interrupted evaluation left in `out`, joined to one predictions.jsonl; none is no error.
+    """Collect the answers that an interrupted evaluation left in `out` into one predictions.jsonl, and return them.
 
-    Raises DataError for answers to other questions than `examples`.
+    Returns an empty list if there are none. Raises DataError if they answer other questions than `examples`.
     """
     files = [out / "predictions.jsonl", *sorted(out.glob("predictions.*.jsonl"))]
     done = {r["row"]: r for file in files if file.exists() for r in read_predictions(file)}
     asked = {row: json.dumps([e.id, e.solution]) for row, e in enumerate(examples)}
     if any(asked.get(row) != json.dumps([r["id"], r["solution"]]) for row, r in done.items()):
-        raise DataError(
-            f"{out}: its predictions answer other questions, the data changed; another --out starts over"
-        )
+        raise DataError(f"{out}: its predictions answer other questions, the data changed; another --out starts over")
     records = [done[row] for row in sorted(done)]
     if records:
         write_predictions(out, records)
@@ -291,7 +296,7 @@ def recover(out: Path, examples: Sequence[Example]) -> list[dict]:
 
 
 def write_predictions(out: Path, records: Sequence[dict]) -> None:
-    """predictions.jsonl, whole or not at all; it replaces the shards."""
+    """Write predictions.jsonl atomically, then delete the files of the single processes."""
     new = out / "predictions.jsonl.unfinished"
     new.unlink(missing_ok=True)
     append_rows(new, records)
@@ -310,7 +315,7 @@ def write_evaluation(
     examples: Sequence[Example],
     pictures: int = 12,
 ) -> None:
-    """predictions.jsonl, pictures, for detection detections.json (COCO's results format), and last scores.json."""
+    """Write predictions.jsonl, pictures, detections.json (detection only; COCO's results format) and scores.json."""
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out, records)
     if task.metric == "detection":
@@ -321,7 +326,7 @@ def write_evaluation(
         path = out / "pictures" / f"{row:06d}.png"
         draw_record(task, image, r["category"], r["solution"], r[METRICS[task.metric].key], path)
     summary = {"protocol": protocol, "answers": len(records), **overall, "categories": each}
-    aside = out / "scores.json.unfinished"  # scores.json says that the evaluation is finished
+    aside = out / "scores.json.unfinished"  # written last and renamed: scores.json marks a finished evaluation
     aside.write_text(json.dumps(summary, indent=2) + "\n")
     aside.replace(out / "scores.json")
 
@@ -333,15 +338,15 @@ def write_evaluation(
 def evaluate(
     run: Any, answer: Callable[[Any, list[Prompt]], list[str]], examples: Sequence[Example], out: Path
 ) -> dict[str, float]:
-    """Answer all examples, shared out over the processes; write scores, predictions and pictures to `out`.
+    """Answer all examples, divided among the processes; write scores, predictions and pictures to `out`.
 
-    With --eval_only, answers that an interruption left in `out` are kept.
+    With --eval_only, keep the answers that an interrupted evaluation left in `out`.
     """
     cfg, accelerator, task = run.cfg, run.accelerator, run.prompts.task
     kept = []
     if run.main:
         if not cfg.eval_only:
-            shutil.rmtree(out, ignore_errors=True)  # of the same step, from before the run was resumed: other weights
+            shutil.rmtree(out, ignore_errors=True)  # an evaluation of this step from before a resume: other weights
         kept = recover(out, examples)
     (kept,) = broadcast_object_list([kept])
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Say what to do when a model, a dataset or a package cannot be loaded."""
+"""Explain what to do when a model, a dataset or a package cannot be loaded."""
 
 import contextlib
 import re
@@ -10,7 +10,10 @@ from data import DataError
 
 @contextlib.contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Turn the errors of loading `name` into a SystemExit that says what to do; a hub that cannot be reached gets three lines."""
+    """Turn errors of loading `name` into a SystemExit that says what to do.
+
+    If the hub cannot be reached, the message has three lines.
+    """
     try:
         yield
     except ImportError as error:
@@ -18,9 +21,9 @@ def loading(what: str, name: str) -> Iterator[None]:
         package = next((found[1].lower() for pattern in says if (found := re.search(pattern, str(error)))), None)
         remedy = f"pip install {package}" if package else " ".join(str(error).split())
         raise SystemExit(f"{what} {name} needs a package that is not installed: {remedy}") from None
-    except DataError:  # says already what to do
+    except DataError:  # its message already says what to do
         raise
-    except (OSError, ValueError) as error:  # a hub raises OSErrors, a folder that is no model a ValueError
+    except (OSError, ValueError) as error:  # the hub raises OSError, a folder without a model ValueError
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if Path(name).exists():
             raise SystemExit(f"{what} {name} cannot be loaded: {reason}") from None

@@ -1,4 +1,4 @@
-"""Draw what a run did: answers on their pictures, and curves of the metrics."""
+"""Draw the results of a run: answers on their pictures, and curves of the metrics."""
 
 import importlib.util
 import json
@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from data import IMAGE_MARK, Prompt, Task, boxes_in, class_of, map_boxes, open_image, to_pixels
 from rewards import Box
 
-WINDOW = 20  # steps over which curves are smoothed
+WINDOW = 20  # curves are means over this many steps
 
-DRAWN: dict[str, Callable[[Any], list[tuple[Box, str]]]] = {  # by metric of a task: answer -> boxes and their labels
+DRAWN: dict[str, Callable[[Any], list[tuple[Box, str]]]] = {  # metric of a task: function from answer to labeled boxes
     "detection": lambda detections: [(box, f"{confidence:.2f}") for box, confidence in detections],
     "grounding": lambda box: [(box, "")],
 }
@@ -23,9 +23,10 @@ DRAWN: dict[str, Callable[[Any], list[tuple[Box, str]]]] = {  # by metric of a t
 def draw_record(
     task: Task, image: Image.Image, category: str, solution: Any, answer: Any, path: Path, least_side: int = 448
 ) -> None:
-    """Save the picture with true boxes (black) and answered boxes (magenta, labeled) on it, and the names above it.
+    """Save a picture with its true boxes (black) and answered boxes (magenta, labeled), and the names above it.
 
-    solution, answer: boxes in original pixels; answer None was not parsed. Small pictures are enlarged to least_side.
+    solution, answer: boxes in original pixels; answer is None if it did not parse. Small pictures are enlarged so that
+    their shorter side has about `least_side` pixels.
     """
     scale = max(1, round(least_side / min(image.size)))
     canvas = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
@@ -35,7 +36,7 @@ def draw_record(
         draw.rectangle(corners, outline="black", width=5)
         draw.rectangle(corners, outline="white", width=2)
     for box, label in [] if answer is None else DRAWN.get(task.metric, lambda answer: [])(answer):
-        # An answer may name any number; what lies far outside is drawn at the edge.
+        # An answer may contain any number: clamp the box to the image.
         x1, y1, x2, y2 = (min(max(value, 0.0), limit) * scale for value, limit in zip(box, image.size * 2))
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline="magenta", width=3)
         draw.text((x1 + 5, y1 + 3), label, "magenta", font, stroke_width=1, stroke_fill="white")
@@ -48,7 +49,7 @@ def draw_record(
 
 
 def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
-    """Save the original picture of a prompt with an answer, as it came from the model, on it."""
+    """Parse an answer of the model and draw it on the original picture of its prompt."""
     example, answer = prompt.example, task.parse(text)
     if task.boxes:
         answer = map_boxes(answer, lambda box: to_pixels(box, example.size, prompt.target))
@@ -56,13 +57,13 @@ def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Return means of WINDOW values, or of all where there are fewer; the first belongs to the last of its values."""
+    """Return running means of WINDOW values, or of all if there are fewer; plot each at the last value it covers."""
     width = min(WINDOW, len(values))
     return np.convolve(values, np.ones(width) / width, "valid")
 
 
 def plot_curves(runs: Sequence[Path], path: Path) -> None:
-    """Draw the metrics.jsonl of one run, or of several that differ in their seed: a line each, smoothed."""
+    """Draw smoothed curves from the metrics.jsonl of one run, or of several runs with different seeds, a line each."""
     if not importlib.util.find_spec("matplotlib"):
         return print(f"{path} is not drawn: pip install matplotlib")
     import matplotlib
@@ -86,7 +87,7 @@ def plot_curves(runs: Sequence[Path], path: Path) -> None:
                 if steps:
                     means = smoothed([row[name] for row in rows if name in row])
                     axis.plot(steps[-len(means) :], means, color=f"C{color}", label=label, linewidth=1.3)
-                    label = None  # once, however many runs there are
+                    label = None  # one legend entry per metric, not one per run
         axis.set_xlabel(f"step (mean of {WINDOW})")
         if axis.lines:
             axis.legend(fontsize=8)
@@ -96,9 +97,10 @@ def plot_curves(runs: Sequence[Path], path: Path) -> None:
 
 
 def draw_pair(pair: dict, parts: Sequence[Box] | None, path: Path, height: int = 300) -> None:
-    """Save the images of a preference pair with the share of attention on each part, the right one framed in green.
+    """Save the images of a preference pair with the share of attention on each part and both answers below.
 
-    parts: boxes in fractions of the one image; None: every image is a part. Both answers are written below.
+    The part that was asked about is framed in green. parts: boxes in fractions of the single image; None means that
+    every image is a part.
     """
     font, frames, x = ImageFont.load_default(18), [], 8
     pictures = [open_image(Path(image)) for image in pair["image"]]

@@ -1,38 +1,61 @@
-"""Divide a model among the processes (--shard): PyTorch's FSDP2, called directly.
+"""Divide a model among the processes with PyTorch's FSDP2 (--shard).
 
-accelerate's own FSDP2 plugin becomes DDP without a word where there is no GPU to test it on.
+`fully_shard` is called directly because accelerate's FSDP2 plugin silently falls back to DDP on CPUs, where it could
+not be tested.
 """
 
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
-def shard(*models: nn.Module | None) -> None:
-    """Divide the weights of each model among the processes, block by block: a block is gathered when it is needed.
+def shard(policy: nn.Module, reference: nn.Module | None, adapters: object) -> None:
+    """Divide the weights of both models among the processes, block by block; FSDP gathers a block when it is needed.
 
-    Gradients are summed, as `exchange_gradients` sums them for copies; FSDP would average.
+    Gradients are summed over processes, as `exchange_gradients` does without --shard; FSDP would average by default.
     """
-    for model in filter(None, models):
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise SystemExit("--shard true: there is one process, and nothing to divide; launch several")
+    if adapters:
+        raise SystemExit("--shard true: not with --lora_rank, whose adapters are small enough to be copied")
+    for model in filter(None, (policy, reference)):
         for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
             for block in blocks:
                 fully_shard(block)
         fully_shard(model)
         for part in parts(model):
             part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other way
+            part.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
 
 
 def parts(model: nn.Module) -> list[FSDPModule]:
-    """Return the modules that `shard` divided; none if it was not called."""
+    """Return the modules that `shard` divided; an empty list without --shard."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def whole_weights(model: nn.Module, main: bool) -> dict[str, Tensor]:
+    """Gather the weights on the main process, one tensor at a time; tied weights stay one tensor.
+
+    Every process must call this.
+    """
+    weights, written = {}, {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr()
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if main:
+            weights[name] = written.setdefault(place, whole.cpu())
+    return weights
 
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Gather all weights once for everything inside, not at every token, and without waiting for other processes."""
+    """Gather all weights once for the whole block.
+
+    Sampling then needs no gathering at every token, and processes do not wait for each other.
+    """
     for part in parts(model):
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()

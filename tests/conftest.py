@@ -26,7 +26,7 @@ def shared(name: str):
 
 @pytest.fixture
 def real_lvis(tmp_path) -> dict:
-    """The annotations of 100 real images of LVIS v0.5, in tmp_path as its readers want them; the images are empty files."""
+    """The annotations of 100 real images of LVIS v0.5, in tmp_path as its readers want them; images are empty files."""
     table = json.loads((SHARED / "lvis_val_100" / "lvis_val_100.json").read_text())
     for image in table["images"]:
         path = tmp_path / Path(*image["coco_url"].split("/")[-2:])
@@ -75,8 +75,9 @@ def make_run(llava_dir, shapes_dir, tmp_path):
 
     def make(**flags) -> virft.Run:
         settings = {
-            "data": shapes_dir, "model": llava_dir, "out": tmp_path / "run", "max_completion_tokens": 12, "group_size": 4,
-            "prompts_per_step": 4, "micro_batch": 16, "steps": 2, "workers": 0, "beta": 0.04, "lr": 1e-3,
+            "data": shapes_dir, "model": llava_dir, "out": tmp_path / "run", "max_completion_tokens": 12,
+            "group_size": 4, "prompts_per_step": 4, "micro_batch": 16, "steps": 2, "workers": 0, "beta": 0.04,
+            "lr": 1e-3,
         } | flags  # fmt: skip
         argv = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         return virft.start(virft.parse_config(["--task", "coco", *argv]))

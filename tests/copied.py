@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 """
 PARTS = {  # README's table: part -> names of virft.py, in an order in which they can be defined
     "advantages": ("group_advantages",),
-    "loss": ("completion_mask", "NORMALIZATIONS", "kl_to_reference", "clipped_ratio", "RATIOS", "grpo_loss"),
+    "loss": ("completion_mask", "NORMALIZATIONS", "kl_to_reference", "clipped_ratio", "RATIOS", "RATIO", "grpo_loss"),
     "shared prefix": (
-        "rotary_offset", "told_positions", "next_position", "Prefix", "prefill", "fork", "branch", "log_distribution",
+        "Prefix", "prefill", "fork", "branch", "log_distribution",
         "FLOAT32_BLOCK", "token_logps",
     ),
 }  # fmt: skip
@@ -95,9 +95,13 @@ def tiny_models(torch, transformers):
         "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1,
     }  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 4,
+    }  # fmt: skip
     llava = transformers.LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **vision}, text_config={"model_type": "llama", **text}, image_token_index=90,
+        vision_config={"model_type": "clip_vision_model", **vision}, text_config={"model_type": "llama", **text},
+        image_token_index=90,
     )  # fmt: skip
     words = torch.tensor([[0, 0, 0, 1, 2, 3], [4, 5, 6, 7, 8, 9]])
     mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -125,7 +129,7 @@ def tiny_models(torch, transformers):
 
 
 def check_shared_prefix(part, torch, transformers) -> None:
-    """Log-probabilities of two completions to each prompt, and a gradient, as from the prompts repeated in one forward."""
+    """Log-probabilities of two completions per prompt, and a gradient, as from the prompts repeated in one forward."""
     import inspect
 
     for name, model, inputs in tiny_models(torch, transformers):
@@ -178,9 +182,8 @@ def main() -> None:
         check_shared_prefix(copied("shared prefix", Path(folder)), torch, transformers)
         ours = {"virft", "data", "mia_dpo", "extras"} & sys.modules.keys()
         assert not ours, f"imported: {ours}"
-        print(
-            f"{version}, torch {torch.__version__}, transformers {transformers.__version__}: rewards, {', '.join(PARTS)}"
-        )
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        print(f"{version}, {versions}: rewards, {', '.join(PARTS)}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ TEXT = {
     "bos_token_id": 96, "eos_token_id": EOS, "pad_token_id": EOS,
 }  # fmt: skip
 VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIZE, "patch_size": PATCH,
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIZE,
+    "patch_size": PATCH,
 }  # fmt: skip
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "tie_word_embeddings": False}
 TILES = {"image_grid_pinpoints": [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]}
@@ -57,7 +58,8 @@ def qwen2_5_vl():
 
 def qwen3_vl():
     vision = VISION | {
-        "depth": 3, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
+        "depth": 3, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
     }  # fmt: skip
     # A layer more than there are deep features: what is added to images behind the last layer reaches no completion.
     text = TEXT | {"head_dim": 16, "num_hidden_layers": 3} | rope([2, 3, 3], mrope_interleaved=True)
@@ -67,8 +69,8 @@ def qwen3_vl():
 def qwen3_5():
     vision = VISION | {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16}
     text = TEXT | {
-        "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     } | rope([2, 1, 1], mrope_interleaved=True, partial_rotary_factor=0.5)  # fmt: skip
     return transformers.Qwen3_5Config(text_config=text, vision_config=grid(vision), **TOKENS)
 
@@ -135,7 +137,8 @@ def paligemma():
 
 def mllama():
     vision = {k: v for k, v in VISION.items() if k != "num_attention_heads"} | {
-        "attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 64, "intermediate_layers_indices": [0], "max_num_tiles": 4,
+        "attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 64, "intermediate_layers_indices": [0],
+        "max_num_tiles": 4,
     }  # fmt: skip
     text = TEXT | {"num_hidden_layers": 3, "cross_attention_layers": [1]}
     return transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=TEXT["vocab_size"])
@@ -163,7 +166,7 @@ def fixed(sizes, generator, tokens: int) -> Encoded:
 
 
 def tiled(sizes, generator) -> Encoded:
-    """Tiles and an overview of each image, filled up to the largest number of tiles; a token ends each row of patches."""
+    """Tiles and an overview of each image, filled up to the largest number of tiles; a token ends a row of patches."""
     counts, side = [1 + rows * columns for rows, columns in sizes], SIZE // PATCH
     values = pixels(generator, len(sizes), max(counts), 3, SIZE, SIZE)
     for image, count in zip(values, counts):

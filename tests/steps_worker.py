@@ -20,8 +20,8 @@ import virft  # noqa: E402
 from extras import shards  # noqa: E402
 
 FLAGS = [
-    "--task", "coco", "--prompts_per_step", "8", "--micro_batch", "16", "--max_completion_tokens", "32", "--workers", "0",
-    "--negatives", "0.3", "--seed", "4", "--steps", "3", "--lr", "0.05",
+    "--task", "coco", "--prompts_per_step", "8", "--micro_batch", "16", "--max_completion_tokens", "32",
+    "--workers", "0", "--negatives", "0.3", "--seed", "4", "--steps", "3", "--lr", "0.05",
 ]  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def make_run(flags: list[str]) -> virft.Run:
 def whole(run: virft.Run, gradients: bool) -> dict[str, torch.Tensor]:
     tensors = {n: p.grad if gradients else p for n, p in run.model.named_parameters() if p.requires_grad}
     reached = {n: t for n, t in tensors.items() if t is not None}  # the tower's last norm has no path to the loss
-    return {n: virft.whole_tensor(t).detach().clone() for n, t in reached.items()}
+    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in reached.items()}
 
 
 def two_steps(run: virft.Run) -> tuple[dict[str, torch.Tensor], list]:
@@ -57,7 +57,9 @@ def two_steps(run: virft.Run) -> tuple[dict[str, torch.Tensor], list]:
 
 
 def odd_rollouts(run: virft.Run) -> dict[str, float]:
-    """Steps in which the last process alone meets something odd, each followed by an ordinary one; shares of skipped updates."""
+    """Steps in which only the last process meets something odd, each followed by an ordinary one; shares of skipped
+    updates.
+    """
     odd = {
         "no variance": lambda ro: ro._replace(advantages=torch.zeros_like(ro.advantages)),
         "all truncated": lambda ro: ro._replace(truncated=torch.ones_like(ro.truncated)),

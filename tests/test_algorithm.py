@@ -265,7 +265,7 @@ def test_gradients_do_not_depend_on_micro_batches(make_run, loss, monkeypatch):
 
 
 def test_gradient_of_the_whole_step_against_an_independent_loop(make_run, monkeypatch):
-    """The oracle: one prompt and one completion at a time in plain PyTorch, with the formulas of the paper written out."""
+    """The oracle: one prompt and one completion at a time in plain PyTorch, the formulas of the paper written out."""
     run = make_run(loss="grpo", micro_batch=8, beta=0.5)
     spread_rewards(run)
     with torch.no_grad():
@@ -406,7 +406,6 @@ WRONG = {
     "--eval_every -5": "at least 0",
     "--max_pixels 100": "at least 3136",
     "--check true --eval_only true": "false with --eval_only",
-    "--shard true": "one process",
 }
 
 

@@ -43,7 +43,8 @@ def small(**special: int):
 @pytest.mark.slow
 def test_the_table_of_operations_is_what_the_command_prints():
     done = subprocess.run([sys.executable, ROOT / "bench" / "flops.py"], capture_output=True, text=True)
-    assert done.stdout.count("\n") == 14 and done.stdout in (ROOT / "docs" / "gpus.md").read_text(), done.stdout + done.stderr
+    page = (ROOT / "docs" / "gpus.md").read_text()
+    assert done.stdout.count("\n") == 14 and done.stdout in page, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name,parameters", [("Qwen2-VL-2B", 2_208_985_600), ("Qwen2.5-VL-3B", 3_754_622_976)])
@@ -84,13 +85,19 @@ def test_gpu_bench_measures_a_small_model(side, tmp_path, monkeypatch):
 
 
 def test_gpu_bench_says_what_it_needs():
-    done = subprocess.run([sys.executable, ROOT / "bench" / "gpu.py"], capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})  # fmt: skip
+    command, env = [sys.executable, ROOT / "bench" / "gpu.py"], {"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode and "torch sees no GPU" in done.stderr
 
 
 def test_vs_trl_measures_our_sides():
-    """The least case of our two sides, by command; TRL is not installed for tests, and asked for at once where it is needed."""
-    command = [sys.executable, ROOT / "bench" / "vs_trl.py", "--sides", "virft.py", "repeated", "--cases", "28,4,2,2", "--rounds", "1", "--steps", "1"]  # fmt: skip
+    """The least case of our two sides, by command; TRL is not installed for tests, and asked for at once where it is
+    needed.
+    """
+    command = [
+        sys.executable, ROOT / "bench" / "vs_trl.py", "--sides", "virft.py", "repeated", "--cases", "28,4,2,2",
+        "--rounds", "1", "--steps", "1",
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert done.returncode == 0 and len(rows) == 3, done.stderr

@@ -139,7 +139,7 @@ def test_the_multi_image_model_looks_at_the_asked_picture_and_errs_as_its_labels
 
 
 def mia_answers(layout: str | None, count: int) -> list[tuple[str, list[str], list[int], int]]:
-    """(greedy answer, shapes shown, their areas, which is asked for) of held-out lessons of mia-dpo, drawn here anew."""
+    """(greedy answer, shapes shown, their areas, which is asked for) of held-out lessons of mia-dpo, drawn anew."""
     processor, model = committed("mia-dpo")
     rng, found, prompt_ids = random.Random(f"held out {layout}"), [], warm_start.make_prompt_ids(processor)
     known = mia_dpo.LAYOUTS.get(layout)
@@ -305,8 +305,11 @@ def test_controls_recover_a_known_displacement():
 def test_the_model_knows_what_the_readme_says(tmp_path):
     """Choice, counting, negatives and rough boxes, on pictures of another seed."""
     shapes.write_split(tmp_path / "data", "val", 80, seed=123)
-    command = [sys.executable, "virft.py", "--task", "coco", "--data", tmp_path / "data", "--model", MODEL, "--eval_only", "true",
-               "--negatives", "0.1", "--max_completion_tokens", "48", "--prompts_per_step", "64", "--out", tmp_path / "out"]  # fmt: skip
+    command = [
+        sys.executable, "virft.py", "--task", "coco", "--data", tmp_path / "data", "--model", MODEL,
+        "--eval_only", "true", "--negatives", "0.1", "--max_completion_tokens", "48", "--prompts_per_step", "64",
+        "--out", tmp_path / "out",
+    ]  # fmt: skip
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
     found = report.measure(tmp_path / "out")
     assert found["choice"] >= 0.8 and found["count"] >= 0.8 and found["negatives"] > 0.5 and found["format"] > 0.99

@@ -133,7 +133,10 @@ def test_boxes_where_nobody_looked_are_ignored():
 
 @shared("lvis_val_100")
 def test_federated_ap_is_that_of_the_lvis_package(real_lvis, tmp_path, monkeypatch):
-    """Random boxes about the real annotations of 100 images, in verified pairs and others; `pip install --no-deps lvis`."""
+    """Random boxes about the real annotations of 100 images, in verified pairs and others.
+
+    Needs `pip install --no-deps lvis`.
+    """
     monkeypatch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))  # the package imports it to draw
     lvis = pytest.importorskip("lvis", reason="the package lvis is not installed: pip install --no-deps lvis")
     monkeypatch.setattr(np, "float", float, raising=False)  # gone since NumPy 1.24, and the package still asks for it
@@ -335,7 +338,8 @@ def test_only_the_same_settings_and_model_go_on(tmp_path):
     settings = {"model": str(model), "eval_only": True, "max_pixels": 100, "workers": 2, "rewards": [f"{mine}:f=1"]}
     assert not evaluate.unfinished(out, settings), "nothing there"
     (out / "config.json").write_text(json.dumps(settings))
-    assert evaluate.unfinished(out, settings) and evaluate.unfinished(out, settings | {"workers": 0, "prompts_per_step": 3})
+    assert evaluate.unfinished(out, settings)
+    assert evaluate.unfinished(out, settings | {"workers": 0, "prompts_per_step": 3})
     for change in ({"max_pixels": 200}, {"rewards": []}, {"eval_only": False}, {"model": "another"}):
         assert not evaluate.unfinished(out, settings | change), change
     (out / "config.json").write_text(json.dumps(settings | {"eval_only": False}))
@@ -373,13 +377,14 @@ def test_curves_draw_whatever_was_logged(tmp_path):
 
 def test_every_doubt_can_be_raised_and_none_without_reason():
     good = {
-        "parsed": 1.0, "truncated": 0.0, "empty_think": 0.0, "no_objects": 0.1, "true_no_objects": 0.1, "zero_variance_groups": 0.2,
-        "iou as relative": 0.5, "iou as pixels": 0.1,
+        "parsed": 1.0, "truncated": 0.0, "empty_think": 0.0, "no_objects": 0.1, "true_no_objects": 0.1,
+        "zero_variance_groups": 0.2, "iou as relative": 0.5, "iou as pixels": 0.1,
     }  # fmt: skip
     assert check.doubts(good, "relative") == []
     for change, says in (
-        ({"parsed": 0.4}, "do not parse"), ({"truncated": 0.3}, "--max_completion_tokens"), ({"empty_think": 1.0}, "--think false"),
-        ({"no_objects": 0.5}, "collapse"), ({"zero_variance_groups": 0.9}, "--group_size"), ({"iou as pixels": 0.7}, "--coordinates pixels"),
+        ({"parsed": 0.4}, "do not parse"), ({"truncated": 0.3}, "--max_completion_tokens"),
+        ({"empty_think": 1.0}, "--think false"), ({"no_objects": 0.5}, "collapse"),
+        ({"zero_variance_groups": 0.9}, "--group_size"), ({"iou as pixels": 0.7}, "--coordinates pixels"),
         ({"iou as relative": 0.05, "iou as pixels": 0.05}, "neither"),
     ):  # fmt: skip
         (doubt,) = check.doubts(good | change, "relative")
@@ -389,7 +394,7 @@ def test_every_doubt_can_be_raised_and_none_without_reason():
 
 
 def test_box_fit_tells_the_conventions_apart():
-    """A perfect answer in 0..1000 about a 200 x 100 picture that is seen as 200 x 100, and one half as wide in pixels."""
+    """A perfect answer in 0..1000 about a 200 x 100 picture seen as 200 x 100, and one half as wide in pixels."""
     fit, task, (x1, y1, x2, y2) = data.Fit(1, 1, 10**6), TASKS["coco"], (20.0, 10.0, 120.0, 60.0)
     prompt = data.Prompt(example(0, (x1, y1, x2, y2)), {}, (1000, 1000), [], 0)
 

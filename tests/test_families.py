@@ -145,7 +145,8 @@ def test_fixed_shapes_sample_the_tokens_of_a_growing_cache(name, look, monkeypat
         expected = growing(model, inputs, noise, 20, eos)
     lengths = virft.completion_mask(expected, eos).sum(1)
     assert len(set(lengths.tolist())) > 2 and ids.shape[1] == max(2, lengths.max())
-    assert torch.equal(ids, expected[:, : ids.shape[1]].where(virft.completion_mask(expected, eos)[:, : ids.shape[1]], eos[0]))
+    mask = virft.completion_mask(expected, eos)[:, : ids.shape[1]]
+    assert torch.equal(ids, expected[:, : ids.shape[1]].where(mask, eos[0]))
 
 
 @pytest.mark.parametrize("name", ["LLaVA", "Gemma3", "Qwen3.5"])
@@ -315,8 +316,12 @@ def test_real_image_processors_leave_fitted_images_as_they_are(name):
 
 
 MISSING = {  # what an ImportError of transformers says, remedy
-    "\nQwen2VLVideoProcessor requires the Torchvision library but it was not found in your environment. Check\n": "pip install torchvision",
-    "Package `num2words` is required to run SmolVLM processor. Install it with `pip install num2words`.": "pip install num2words",
+    "\nQwen2VLVideoProcessor requires the Torchvision library but it was not found in your environment. Check\n": (
+        "pip install torchvision"
+    ),
+    "Package `num2words` is required to run SmolVLM processor. Install it with `pip install num2words`.": (
+        "pip install num2words"
+    ),
     "\nX requires the OpenCV library but it was not found in your environment. You can install it with:\n"
     "```\npip install opencv-python\n```": "pip install opencv-python",
     "No module named 'timm'": "pip install timm",

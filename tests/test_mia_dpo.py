@@ -71,13 +71,14 @@ def test_the_loss_is_trls():
     logp, logp_ref = (-10 * torch.rand(6, 2) for _ in range(2))
     accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     trainer = mock.MagicMock(
-        accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, beta=0.3, loss_types=["sigmoid"],
-        loss_weights=[1.0], f_divergence_type="reverse_kl", use_weighting=False, label_smoothing=0.0,
+        accelerator=accelerator, aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=True, beta=0.3,
+        loss_types=["sigmoid"], loss_weights=[1.0], f_divergence_type="reverse_kl", use_weighting=False,
+        label_smoothing=0.0,
     )  # fmt: skip
     ids = torch.ones(12, 2, dtype=torch.long)
     inputs = {
-        "input_ids": ids, "attention_mask": ids, "completion_mask": torch.tensor([[0, 1]] * 12), "ref_chosen_logps": logp_ref[:, 0],
-        "ref_rejected_logps": logp_ref[:, 1],
+        "input_ids": ids, "attention_mask": ids, "completion_mask": torch.tensor([[0, 1]] * 12),
+        "ref_chosen_logps": logp_ref[:, 0], "ref_rejected_logps": logp_ref[:, 1],
     }  # fmt: skip
     column = logp.T.reshape(12, 1)  # one token each: first all chosen, then all rejected
 
@@ -311,7 +312,7 @@ def colored(size, color) -> Image.Image:
 
 @pytest.mark.parametrize("count", mia_dpo.GRIDS)
 def test_a_grid_has_its_cells_labels_and_margins(count):
-    """448-pixel cells, margins of 40, aspect kept and centered, white between, a label above each cell and nowhere else."""
+    """448-pixel cells, margins of 40, aspect kept and centered, white between, a label above each cell only."""
     rows, columns = mia_dpo.GRIDS[count]
     colors = [(10 + 20 * i, 100, 200 - 20 * i) for i in range(count)]
     sizes = [(300, 150), (150, 300), (200, 200)] * 3
@@ -447,7 +448,7 @@ def test_the_named_image_is_the_one_the_answer_is_about(single, tmp_path):
 
 
 def test_boxes_are_asked_for_in_the_coordinates_of_what_is_shown(shapes_dir, tmp_path):
-    """A detection example in a grid: its answer's boxes lie on its shapes in the collage; in a sequence nothing moves."""
+    """A detection example in a grid: its answer's boxes lie on its shapes in the collage; no sequence moves any."""
     examples, _ = data.load_examples(data.TASKS["coco"], str(shapes_dir), "train")
     for layout in ("grid4", "pip", "sequence2"):
         questions = questions_of(None, tmp_path, {layout: 1.0}, task="coco", examples=examples)

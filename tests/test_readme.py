@@ -24,8 +24,12 @@ from test_tasks import name_as
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README, ALL = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 # Lines of code blocks, indented or fenced, and code within a line, where they are commands.
+COMMAND = (
+    r"^(?: {4})?((?:accelerate|torchrun|python|bash) .*)$"
+    r"|`((?:accelerate|torchrun|python|bash) [^`]*)`"
+)  # fmt: skip
 COMMANDS = sorted({
-    line.strip() for line in re.findall(r"^(?: {4})?((?:accelerate|torchrun|python|bash) .*)$|`((?:accelerate|torchrun|python|bash) [^`]*)`", ALL, re.M)
+    line.strip() for line in re.findall(COMMAND, ALL, re.M)
     for line in line if line
 })  # fmt: skip
 
@@ -52,7 +56,7 @@ def anchors(text: str) -> set[str]:
 
 
 def test_links_lead_somewhere():
-    """Links are relative to their page; a name in backticks is a function, class or constant of the file it links to."""
+    """Links are relative to their page; a name in backticks is a function, class or constant of the linked file."""
     linked = set()
     for page, text in PAGES.items():
         for label, target in re.findall(r"\[([^]]*)\]\(([^)]*)\)", prose(text)):
@@ -85,7 +89,7 @@ def test_symbols_are_names_of_the_code():
 
 
 def named_in(source: str, metric: str) -> bool:
-    """Whether code logs a metric of this name: as a string, as a keyword, or under reward/ or seconds/ by an f-string."""
+    """Whether code logs a metric of this name: as a string, a keyword, or under reward/ or seconds/ by an f-string."""
     space, slash, name = metric.partition("/")
     if not slash:
         return bool(re.search(rf"[\"']{metric}[\"']|\b{metric}=", source))
@@ -134,7 +138,8 @@ def parsed(command: str):
     return virft.parse_config([word for word in flags if word != "demo" and word not in DEMOS])
 
 
-OURS = [command for command in COMMANDS if re.search(r"virft\.py --\w|mia_dpo\.py (build|train)|run\.sh --|run\.sh demo", command)]  # fmt: skip
+TRAINS = r"virft\.py --\w|mia_dpo\.py (build|train)|run\.sh --|run\.sh demo"
+OURS = [command for command in COMMANDS if re.search(TRAINS, command)]
 OURS = [command for command in OURS if "bench/" not in command and "--help" not in command]
 
 
@@ -171,7 +176,8 @@ def test_the_parts_to_copy_stand_alone():
     assert done.returncode == 0 and done.stdout.strip().endswith("rewards, advantages, loss, shared prefix"), (
         done.stderr
     )
-    bare = subprocess.run([sys.executable, "-I", "-S", ROOT / "tests" / "copied.py", "--rewards"], capture_output=True, text=True)  # fmt: skip
+    alone = [sys.executable, "-I", "-S", ROOT / "tests" / "copied.py", "--rewards"]
+    bare = subprocess.run(alone, capture_output=True, text=True)
     assert bare.returncode == 0, bare.stderr
 
 
@@ -205,7 +211,10 @@ def test_the_adapter_to_trl(tmp_path):
     """TRL calls with prompts, completions and the columns of the dataset by name; chats or texts."""
     chats, texts = [[{"role": "assistant", "content": HALF}]], [HALF, "nothing"]
     boxes = [[0, 0, 100, 50]]
-    call = f"[boxes_in_the_image(prompts=None, completions={chats!r}, solution=[{boxes}], trainer_state=None), boxes_in_the_image(completions={texts!r}, solution=[{boxes}, []])]"
+    call = (
+        f"[boxes_in_the_image(prompts=None, completions={chats!r}, solution=[{boxes}], trainer_state=None), "
+        f"boxes_in_the_image(completions={texts!r}, solution=[{boxes}, []])]"
+    )
     assert adapter(tmp_path, "GRPOTrainer", call) == [[pytest.approx(0.8 + 0.75 + 1)], [pytest.approx(2.55), 0.0]]
 
 
@@ -249,8 +258,9 @@ def test_breakages_train_and_draw(llava_dir, shapes_dir, tmp_path):
     """The inverted clip and what it is compared with, two steps each; the same command trains nothing twice."""
     out = tmp_path / "demo"
     flags = {
-        "task": "coco", "data": shapes_dir, "model": llava_dir, "out": out / "train", "max_completion_tokens": 8, "group_size": 8,
-        "prompts_per_step": 2, "steps": 2, "workers": 0, "beta": 0, "lr": 1e-3, "rewards": ["iou=1", "format=1"],
+        "task": "coco", "data": shapes_dir, "model": llava_dir, "out": out / "train", "max_completion_tokens": 8,
+        "group_size": 8, "prompts_per_step": 2, "steps": 2, "workers": 0, "beta": 0, "lr": 1e-3,
+        "rewards": ["iou=1", "format=1"],
     }  # fmt: skip
     virft_flags = [str(p) for n, v in flags.items() for p in (f"--{n}", *(v if isinstance(v, list) else [v]))]
     (out / "train").mkdir(parents=True)
@@ -299,14 +309,20 @@ def run_sh(house: Path, *argv, check: bool = True) -> subprocess.CompletedProces
 
 
 def test_reproduce_evaluates_trains_evaluates_and_goes_on(house, llava_dir, tmp_path):
-    """The command of docs/tested.md on a small folder in COCO's layout with a tiny model; what was finished is not done twice."""
+    """The command of docs/tested.md on a small folder in COCO's layout with a tiny model.
+
+    What was finished is not done twice.
+    """
     assert "bash run.sh reproduce --data DIR" in COMMANDS
     assert "--data DIR" in run_sh(house, "reproduce", "--model", "x", check=False).stderr
     root = tmp_path / "coco"
     for split in ("train", "val"):
         shapes.write_split(root, split, 12, seed=0)
     name_as(root, "fewshot8")
-    flags = ["--data", root, "--model", llava_dir, "--steps", "2", "--prompts_per_step", "2", "--max_completion_tokens", "8", "--workers", "0", "--lr", "1e-3", "--save_every", "1"]  # fmt: skip
+    flags = [
+        "--data", root, "--model", llava_dir, "--steps", "2", "--prompts_per_step", "2",
+        "--max_completion_tokens", "8", "--workers", "0", "--lr", "1e-3", "--save_every", "1",
+    ]  # fmt: skip
     first = run_sh(house, "reproduce", *flags).stdout
     header, row, trained = (line for line in first.splitlines() if line.startswith("| ") and "---" not in line)
     assert header.startswith("|  | mAP | ") and {"cat", "bed"} < set(header.split(" | "))
@@ -325,7 +341,7 @@ def test_reproduce_evaluates_trains_evaluates_and_goes_on(house, llava_dir, tmp_
     defaults = virft.Config()
     assert (defaults.lr, defaults.prompts_per_step, defaults.steps) == (1e-6, 16, 200)
     assert json.loads((run / "after" / "config.json").read_text())["model"] == "runs/reproduce/train/model"
-    # As if training had failed in the second step, which leaves a model: it is finished from the checkpoint of the first.
+    # As if training had failed in the second step, which leaves a model: finished from the checkpoint of the first.
     (run / "train" / "finished").unlink()
     shutil.rmtree(run / "train" / "checkpoints" / "step_000002")
     evaluated_at = (run / "before" / "scores.json").stat().st_mtime_ns
@@ -349,20 +365,25 @@ def test_the_row_of_the_paper_is_in_percent(tmp_path):
         scores = {"AP": ap, "categories": {"bus": {"AP": ap / 2}, "stop sign": {"AP": 0.7}}}
         (tmp_path / name / "scores.json").write_text(json.dumps(scores))
     table = report.paper_table({"base": tmp_path / "before", "GRPO": tmp_path / "after"}).splitlines()
-    assert table[0] == "|  | mAP | bus | stop sign |" and table[2:] == ["| base | 19.6 | 9.8 | 70.0 |", "| GRPO | 50.0 | 25.0 | 70.0 |"]  # fmt: skip
+    assert table[0] == "|  | mAP | bus | stop sign |"
+    assert table[2:] == ["| base | 19.6 | 9.8 | 70.0 |", "| GRPO | 50.0 | 25.0 | 70.0 |"]
 
 
 def test_run_sh_says_what_there_is(house):
     """An unknown word prints the lines at the top of run.sh, all of them."""
     done = run_sh(house, "dmeo", check=False)
-    assert done.returncode == 2 and all(word in done.stdout for word in ("controls", "breakages", "reproduce", "your own training"))  # fmt: skip
+    words = ("controls", "breakages", "reproduce", "your own training")
+    assert done.returncode == 2 and all(word in done.stdout for word in words)
     assert "no demo detction" in run_sh(house, "demo", "detction", check=False).stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["", "classification", "grounding", "multi-image"])
 def test_the_demos_run(house, family):
-    """Their commands, three steps long; what the figures are is for the pages to say. Controls and breakages go on from the first."""
+    """Their commands, three steps long; what the figures are is for the pages to say.
+
+    Controls and breakages go on from the first.
+    """
     run_sh(house, "demo", *family.split(), "--steps", "3")
     out = house / "runs" / ("demo" + (f"_{family.replace('-', '_')}" if family else ""))
     assert json.loads((out / "summary.json").read_text()).keys() >= {"before", "after"}
@@ -378,5 +399,6 @@ def test_the_mia_dpo_demo_runs_and_gains(house):
     """As docs/mia_dpo.md tells it: more right answers about one of several pictures, none lost about the only one."""
     run_sh(house, "demo", "mia-dpo", "--seed", "0")
     summary = json.loads((house / "runs" / "demo_mia_dpo" / "summary.json").read_text())
-    several, single = summary["accuracy, asked about one of several pictures"], summary["accuracy, asked about the only picture"]  # fmt: skip
+    several = summary["accuracy, asked about one of several pictures"]
+    single = summary["accuracy, asked about the only picture"]
     assert several[2] > several[0] + 0.04 and single[2] > single[0] - 0.01

@@ -64,8 +64,10 @@ def trained(llava_dir, shapes_dir, tmp_path_factory):
     """One short training by accelerate launch, looked at by several tests."""
     out = tmp_path_factory.mktemp("trained") / "run"
     accelerate = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1")
-    done = virft_py(*accelerate, **SMALL, task="coco", data=shapes_dir, model=llava_dir, out=out, eval_every=3, eval_limit=6,
-                    negatives=0.2, system_prompt="Look.", inner_epochs=2)  # fmt: skip
+    done = virft_py(
+        *accelerate, **SMALL, task="coco", data=shapes_dir, model=llava_dir, out=out, eval_every=3, eval_limit=6,
+        negatives=0.2, system_prompt="Look.", inner_epochs=2,
+    )  # fmt: skip
     return out, done.stdout
 
 
@@ -75,9 +77,10 @@ def test_training_writes_what_it_promises(trained):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["lr"] for row in rows] == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
     promised = {
-        "loss", "kl", "clip_fraction", "entropy", "grad_norm", "skipped_updates", "reward", "reward/iou", "reward/confidence", "reward/format",
-        "reward_std", "zero_variance_groups", "completion_tokens", "truncated", "parsed", "no_objects", "empty_think", "seconds/sample",
-        "seconds/reference", "seconds/train", "tokens_per_second",
+        "loss", "kl", "clip_fraction", "entropy", "grad_norm", "skipped_updates", "reward", "reward/iou",
+        "reward/confidence", "reward/format", "reward_std", "zero_variance_groups", "completion_tokens", "truncated",
+        "parsed", "no_objects", "empty_think", "seconds/sample", "seconds/reference", "seconds/train",
+        "tokens_per_second",
     }  # fmt: skip
     assert promised <= rows[0].keys()
     rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
@@ -128,7 +131,8 @@ def test_an_earlier_run_is_kept(trained, llava_dir, shapes_dir):
     out, _ = trained
     before = (out / "metrics.jsonl").read_bytes()
     done = virft_py(check=False, **SMALL, data=shapes_dir, model=llava_dir, out=out)
-    assert done.returncode and "--resume true continues it" in done.stderr and (out / "metrics.jsonl").read_bytes() == before
+    assert done.returncode and "--resume true continues it" in done.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_ask(trained, shapes_dir, tmp_path):
@@ -446,7 +450,8 @@ def test_run_sh_explains_itself():
 
 def test_help_lists_every_flag_once_under_its_heading(capsys):
     for main, config, headings in (
-        (virft.main, virft.Config, 7), (mia_dpo.parse_build, mia_dpo.BuildConfig, 3), (mia_dpo.parse_train, mia_dpo.TrainConfig, 6),
+        (virft.main, virft.Config, 7), (mia_dpo.parse_build, mia_dpo.BuildConfig, 3),
+        (mia_dpo.parse_train, mia_dpo.TrainConfig, 6),
     ):  # fmt: skip
         with pytest.raises(SystemExit):
             main(["--help"])

@@ -148,7 +148,8 @@ def test_peak_memory_falls_with_the_chunk():
 
     def train(micro_batch):
         chunks, nothing = torch.arange(32).split(micro_batch), torch.tensor([], dtype=torch.long)
-        virft.backward(model, inputs, ids, chunks, lambda rows, logp, _: logp.mean(), temperature=1.0, forbidden=nothing)
+        sampling = {"temperature": 1.0, "forbidden": nothing}
+        virft.backward(model, inputs, ids, chunks, lambda rows, logp, _: logp.mean(), **sampling)
 
     train(32)  # the gradients stay
     at_once, in_chunks = peak_bytes(lambda: train(32)), peak_bytes(lambda: train(4))
@@ -200,8 +201,8 @@ def test_the_configuration_launches(shapes_dir, tmp_path, shard):
     """configs/gpus.yaml as the README has it, with two processes: on CPUs where there is no GPU."""
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     flags = dict(
-        task="coco", data=shapes_dir, model=ROOT / "demo" / "model", out=tmp_path / "run", steps=2, workers=0, shard=shard,
-        prompts_per_step=4, group_size=4, max_completion_tokens=24, lr=1e-3,
+        task="coco", data=shapes_dir, model=ROOT / "demo" / "model", out=tmp_path / "run", steps=2, workers=0,
+        shard=shard, prompts_per_step=4, group_size=4, max_completion_tokens=24, lr=1e-3,
     )  # fmt: skip
     argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     done = subprocess.run(
