@@ -8,8 +8,8 @@ Train a vision-language model with GRPO (arXiv 2402.03300) on rewards that a pro
   3. r_i    score the text of each completion: r_i = weighted sum of rewards (rewards.py)
   4. A_i    compare within the group: A_i = (r_i - mean(r)) / (std(r) + 1e-4)
   5. rho    compute pi_theta(o_it) / pi_old(o_it) for each token; pi_old is the policy that sampled
-  6. loss   average -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta KL(pi_theta || pi_ref)
-            over the tokens of a completion, then over completions
+  6. loss   compute -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta KL(pi_theta || pi_ref) for each token and
+            take its mean, first over the tokens of a completion, then over completions
   7. step   follow the gradient; the next step samples anew
 
 What differs from the paper and its released code, and why:
@@ -23,9 +23,11 @@ What differs from the paper and its released code, and why:
     accelerate launch virft.py --task coco --data DIR --model NAME       # COCO on disk
     bash run.sh                                                          # offline demo, no GPU
 
-This file trains with rewards.py and data.py alone; extras/ holds what a run opts into. To change something: a reward is
-a function in rewards.py (REWARDS), a task an entry of data.TASKS; here a normalization is an entry of NORMALIZATIONS, a
-ratio one of RATIOS, a metric a line in `rollout_metrics` or `update`, a setting a line in Config.
+This file trains with rewards.py and data.py alone. Optional features are in extras/ and are imported when used:
+`extra("shards", "--shard")` raises if the folder extras is missing, `extra("report")` then returns None.
+
+To add a reward: REWARDS in rewards.py. A task: TASKS in data.py. A normalization: NORMALIZATIONS. A ratio: RATIOS.
+A metric: `rollout_metrics` or `update`. A setting: Config.
 
 Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary, and
 N = B * G rows in this order: prompt 0 completion 0, prompt 0 completion 1, ...
@@ -69,7 +71,7 @@ from rewards import choose_rewards, reward_weights
 
 
 def setting(default: Any, help: str, heading: str | None = None, **rules) -> Any:
-    """Declare a field of Config; rules: least, above, below or choices of its values; heading: starts one in --help."""
+    """Declare a field of Config. rules: bounds (least, above, below) or choices; heading: starts a group in --help."""
     usual = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**usual, metadata={"help": help, "heading": heading, "rules": rules})
 
@@ -87,34 +89,34 @@ class Config:
     categories: str | None = setting(None, f"names with commas, or base65, {', '.join(CATEGORY_SPLITS)}", "Examples")
     shots: int | None = setting(None, "training images per category (few-shot), chosen by seed", least=1)
     negatives: float = setting(0.0, "share of examples that ask for an absent category", least=0, below=1)
-    max_boxes: int | None = setting(None, "leave out training examples with more boxes than this")
+    max_boxes: int | None = setting(None, "leave out training examples with more boxes than this; default: none")
     skip_bad_images: bool = setting(False, "leave out and count images that are missing, broken or wrongly annotated")
     max_pixels: int = setting(401408, "largest image in pixels (401408 = 512 patches of 28 x 28)", least=MIN_PIXELS)
-    coordinates: str = setting("auto", "what the model speaks; relative: 0..1000", choices=("auto", *CONVENTIONS))
+    coordinates: str = setting("auto", "coordinates of the model; relative: 0..1000", choices=("auto", *CONVENTIONS))
     think: bool = setting(True, "ask for <think> before <answer>; false: answer alone, also in the format reward")
     system_prompt: str | None = setting(None, "system message before each question")
 
-    rewards: list[str] = setting([], "such as iou=1 brier=0.5 my.py:my_reward=2; default: the task's", "The algorithm")
+    rewards: list[str] = setting([], "NAME=WEIGHT, as iou=1 my.py:my_reward=2; default: the task's", "The algorithm")
     iou_threshold: float = setting(0.5, "a box counts as found if its IoU is above this", least=0, below=1)
     group_size: int = setting(8, "completions per prompt, G; they are compared with each other", least=2)
-    max_completion_tokens: int = setting(512, "completions that have not ended by then are truncated", least=1)
+    max_completion_tokens: int = setting(512, "maximum tokens of a completion; longer ones are truncated", least=1)
     temperature: float = setting(1.0, "temperature of sampler and scorer alike", above=0)
-    loss: str = setting("grpo", "what token losses are averaged over", choices=lambda: NORMALIZATIONS)
+    loss: str = setting("grpo", "mean over what: see NORMALIZATIONS", choices=lambda: NORMALIZATIONS)
     scale_advantages: str = setting("auto", "divide by std; auto: not in dr_grpo", choices=("auto", "true", "false"))
     clip: list[float] = setting([0.2, 0.2], "how far the ratio may fall below and rise above 1 (epsilon)", least=0)
     beta: float = setting(0.04, "weight of the KL to the reference model; 0 loads no reference", least=0)
     inner_epochs: int = setting(1, "optimizer steps on the same completions; clipping acts from the second on", least=1)
-    mask_truncated: bool = setting(False, "leave truncated completions out of the loss, but in their group's mean")
+    mask_truncated: bool = setting(False, "exclude truncated completions from the loss, not from their group's mean")
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
-    prompts_per_step: int = setting(16, "prompts of one step over all processes; evaluation decodes as many", least=1)
-    micro_batch: int = setting(0, "completions of a training pass: part of a group or several; 0: one group", least=0)
+    prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
+    micro_batch: int = setting(0, "completions per training pass, fewer or more than a group; 0: one group", least=0)
     lr: float = setting(1e-6, "peak learning rate, decaying linearly to 0", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
 
     lora_rank: int = setting(0, "rank of adapters on the language model; 0: none", "Memory and several GPUs", least=0)
-    freeze_vision: bool = setting(False, "train the language model only; with --lora_rank it is so anyway")
+    freeze_vision: bool = setting(False, "train the language model only; implied by --lora_rank")
     shard: bool = setting(False, "divide weights, gradients and optimizer among the processes (FSDP2)")
     workers: int = setting(2, "processes per GPU that open and resize images ahead of the step", least=0)
 
@@ -126,12 +128,12 @@ class Config:
     eval_only: bool = setting(False, "evaluate --model on the validation split and stop")
     eval_every: int = setting(0, "steps between evaluations; 0: none", least=0)
     eval_limit: int | None = setting(None, "evaluate on this many examples, chosen by seed; default: all", least=1)
-    eval_categories: str = setting("gt", "gt: what an image shows; listed: --categories", choices=("gt", "all", "listed"))
+    eval_categories: str = setting("gt", "gt: what images show; listed: --categories", choices=("gt", "all", "listed"))
     report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
 
 
 FLOAT32_BLOCK = 2**25  # logits that are float32 at once: 128 MiB
-LOOK_EVERY = 16  # tokens between two looks of the sampler at which rows have ended: looking waits for the GPU
+LOOK_EVERY = 16  # tokens after which the sampler checks which rows have ended; each check synchronizes with the GPU
 MAX_GRAD_NORM = 1.0  # the paper's; rewards are bounded, so a larger gradient is an outlier
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # the paper's
 PICTURE_EVERY = 50  # steps between two pictures of a training answer
@@ -140,65 +142,69 @@ PICTURE_EVERY = 50  # steps between two pictures of a training answer
 # ================================================================================================
 # The algorithm, in the order in which it happens.
 #
-# Each prompt is encoded once. What models differ in is asked of the model and its cache; no family is known by name.
+# Each prompt is encoded once. How model families differ is read from the model and its cache, not from names.
 
 
 class Prefix(NamedTuple):
-    """Encoded prompts that completions continue: B rows from `prefill`, N rows from `fork`."""
+    """Encoded prompts that completions continue. Rows: B after `prefill`, N after `fork`."""
 
     cache: Any  # keys and values; `branch` and `sample` append to it
-    logits: Tensor  # [N, V], of the first completion token
-    mask: Tensor  # [N, P], 0 on left padding
-    position: Tensor  # [N, 1], or [3, N, 1] with several rotary axes: position of the first completion token
-    sight: dict[str, Tensor]  # with cross attention, [N, 1, ...]: which images a completion attends to
+    logits: Tensor  # [N, V], predict the first completion token
+    mask: Tensor  # [N, P], 0 on left padding; `sample` extends it to P + max_tokens
+    position: Tensor  # [N, 1], or [3, N, 1] with several rotary axes: position id of the first completion token
+    cross_masks: dict[str, Tensor]  # [N, 1, ...], which images a completion attends to; empty without cross attention
 
 
 def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     """Run B left-padded prompts and their images through the model, once for all their completions."""
     mask = inputs["attention_mask"]  # [B, P]
-    # Positions must not count padding. Models with several rotary axes (Qwen-VL, GLM-V) derive theirs from mask and
-    # image grids, and note in rope_deltas how far they lag behind the length: an image has fewer positions than tokens.
-    axes = next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
-    told = {} if axes else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    out = model(**inputs, **told, use_cache=True, logits_to_keep=1)
+    # Positions must not count padding. Models with three rotary axes (Qwen-VL, GLM-V) compute theirs from mask and
+    # image grids; rope_deltas is next position - number of tokens, negative because an image has fewer positions.
+    rope = next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
+    positions = {} if rope else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    out = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
     position = mask.sum(1, keepdim=True)  # of the next token
-    if axes:
-        position = (position + axes.rope_deltas).expand(3, -1, -1)  # text advances alike on all axes
-    # Mllama's cross_attention_mask [B, P, images, tiles]: completions attend to the images that the last token does.
-    sight = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
-    return Prefix(out.past_key_values, out.logits[:, -1], mask, position, sight)
+    if rope:
+        position = (position + rope.rope_deltas).expand(3, -1, -1)  # text has the same position on all axes
+    # Mllama's cross_attention_mask [B, P, images, tiles]: a completion attends to the images of the last prompt token.
+    cross_masks = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
+    return Prefix(out.past_key_values, out.logits[:, -1], mask, position, cross_masks)
 
 
 def fork(prefix: Prefix, rows: Tensor) -> Prefix:
-    """Copy the prefix once per completion: completion i continues row rows[i].
+    """Select rows of a prefix, with repetition: row i of the result is row rows[i].
 
-    Copying keys and values is cheap; repeating prompts would cost G vision towers and G * P tokens. Indexing is
-    differentiable: the gradients of all copies add up in the one prompt. Cache and layers are copied shallowly, because
-    `reorder_cache` replaces their tensors and changes none in place.
+    Copying keys and values once per completion is cheap; repeating prompts would cost G vision towers and G * P tokens.
+    Indexing is differentiable: the gradients of all copies add up in the one prompt. Shallow copies of cache and layers
+    are safe, because `reorder_cache` gives them new tensors and appending never writes into the old ones.
     """
     cache = copy.copy(prefix.cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
     cache.reorder_cache(rows)
-    sight = {name: x[rows] for name, x in prefix.sight.items()}
-    return Prefix(cache, prefix.logits[rows], prefix.mask[rows], prefix.position[..., rows, :], sight)
+    cross_masks = {name: x[rows] for name, x in prefix.cross_masks.items()}
+    return Prefix(cache, prefix.logits[rows], prefix.mask[rows], prefix.position[..., rows, :], cross_masks)
 
 
 def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
-    """Continue each row of a prefix by n tokens, ids [N, n], in one forward; return their logits [N, n, V]."""
+    """Continue each row of a prefix by n tokens, ids [N, n], in one forward; return their logits [N, n, V].
+
+    Padding after a completion needs no mask: attention is causal, so no token sees it, and the loss leaves it out.
+    """
     n = ids.shape[1]
     text = {"input_ids": ids, "attention_mask": F.pad(prefix.mask, (0, n), value=1)}
-    text["position_ids"] = prefix.position + torch.arange(n, device=ids.device)  # Qwen-VL would use its last offset
-    sight = {name: x.repeat_interleave(n, 1) for name, x in prefix.sight.items()}
-    return model(**text, **sight, past_key_values=prefix.cache, use_cache=True).logits
+    # Passed explicitly: otherwise Qwen-VL uses the rope_deltas of its latest prefill.
+    text["position_ids"] = prefix.position + torch.arange(n, device=ids.device)
+    cross_masks = {name: x.repeat_interleave(n, 1) for name, x in prefix.cross_masks.items()}
+    return model(**text, **cross_masks, past_key_values=prefix.cache, use_cache=True).logits
 
 
 def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
     """Return log pi(token | everything before), [..., V], in float32: the one distribution that is sampled and scored.
 
-    No top-k, no top-p. `forbidden` ids are image placeholders: one in a completion would pass for an image. The scorer
-    leaves them out too, or it would not score what was sampled.
+    No top-k, no top-p. `forbidden` ids are image placeholders: a sampled one would be treated as an image. The scorer
+    excludes them too, so that it scores the distribution that was sampled.
     """
-    logits = logits.float() / temperature  # a copy; a log-softmax in bf16 is wrong in its second digit
+    logits = logits.float() / temperature  # a new tensor, so writing below is safe; bf16 keeps only 2 to 3 digits
     logits[..., forbidden] = -torch.inf
     return logits.log_softmax(-1)
 
@@ -209,7 +215,8 @@ def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> T
 def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
     """Draw uniform numbers in [0, 1), [B * G, max_tokens] float64, from one generator per prompt.
 
-    A prompt's completions are then the same in any batch and on any process, unlike those of torch.multinomial.
+    Drawn on the CPU and keyed by prompt, they do not depend on batch, process or device, and neither do the completions
+    but for rounding. torch.multinomial would depend on all three.
     """
     seeds = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") for key in keys]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -217,8 +224,9 @@ def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
 
 
 def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
-    """Give the growing layers of a cache room for `tokens` more: decoding then changes no shape and moves no memory."""
-    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()  # hold images, do not grow
+    """Replace the cache layers that grow by static ones with room for `tokens` more, whose memory stays in place."""
+    # Layers of cross attention store images and do not grow.
+    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicLayer) and i not in crossing:
             cache.layers[i] = StaticLayer(layer.keys.shape[-2] + tokens)
@@ -226,19 +234,21 @@ def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
 
 
 def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tensor | dict[str, Tensor | None]:
-    """Return which keys the token at `column` attends to, [N, 1, 1, keys], per kind of layer if there are several.
+    """Return which keys the token at `column` attends to, [N, 1, 1, keys]; a dict by layer type if there are several.
 
-    mask [N, P + max_tokens]: True on tokens that exist and are no padding. transformers uses a mask of four dimensions
-    as it is; of two it would build one per token and wait for the GPU. Sliding layers have kept the last keys only.
+    mask [N, P + max_tokens]: True for prompt tokens that are not padding and for tokens sampled so far. transformers
+    uses a 4D mask unchanged; from a 2D mask it would build one per token, which synchronizes with the GPU.
     """
     text = model.config.get_text_config()
     kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None) or 2**31
+    # A sliding layer has cached its last keys only, so its mask is cut on the left.
     keys = min(layer.keys.shape[-2] for layer in cache.layers if isinstance(layer, StaticLayer))
     near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, -keys:]
-    seen = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}
-    if text._attn_implementation == "eager":  # adds the mask to its scores, where fused kernels take booleans
-        seen = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in seen.items()}
-    return {kind: seen.get(kind) for kind in kinds} if len(kinds) > 1 else seen["sliding_attention"]
+    masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}
+    if text._attn_implementation == "eager":  # eager attention adds the mask to the scores, sdpa takes booleans
+        masks = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in masks.items()}
+    by_kind = {kind: masks.get(kind) for kind in kinds or {"sliding_attention"}}  # linear attention has none
+    return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
 
 def sample(
@@ -248,13 +258,15 @@ def sample(
     """Sample G completions of each of B prompts; return token ids and their log-probabilities, both [B * G, C].
 
     noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its
-    first EOS a row is padded with EOS. Between two looks no shape changes and the CPU does not wait for the GPU, so
-    rows that have ended are decoded further until half of the rows have.
+    first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
+    more. In between, shapes are constant and nothing synchronizes with the GPU.
     """
-    B, P = inputs["input_ids"].shape
+    (B, P), width = inputs["input_ids"].shape, max(2, max_tokens)
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
-    ids, logps = eos[0].repeat(len(rows), max_tokens), torch.zeros(len(rows), max_tokens, device=eos.device)
-    ended, t = torch.zeros_like(rows, dtype=torch.bool), torch.zeros(1, dtype=torch.long, device=eos.device)
+    ids = eos[0].repeat(len(rows), width)
+    logps = torch.zeros(ids.shape, device=eos.device)
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    t = torch.zeros(1, dtype=torch.long, device=eos.device)  # a tensor: an int would make each step a different one
     prompts = prefill(model, inputs)
     reserve(model, prompts.cache, max_tokens)
     prefix = fork(prompts._replace(mask=F.pad(prompts.mask.bool(), (0, max_tokens))), rows // group_size)
@@ -264,12 +276,14 @@ def sample(
         if noise is None:
             token = logp.argmax(-1)
         else:
-            # Invert the cumulative distribution: the first token at which it exceeds the noise. In float64, because a
-            # float32 sum over 150,000 tokens rounds rare ones away; right=True, or noise 0 could draw probability 0.
+            # Take the first token whose cumulative probability exceeds the noise. In float64: a float32 sum over
+            # 150,000 tokens rounds rare ones away. Times the last sum, which is 1 but for rounding, so that the index
+            # stays below V; right=True, or noise 0 could draw a token of probability 0.
             cdf = logp.double().exp().cumsum(-1)
             token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
         token = torch.where(ended[rows], eos[0], token)
-        ids[rows, t], logps[rows, t] = token, logp.gather(1, token[:, None])[:, 0].masked_fill(ended[rows], 0.0)
+        ids[rows, t] = token
+        logps[rows, t] = logp.gather(1, token[:, None])[:, 0].masked_fill(ended[rows], 0.0)
         ended[rows] = torch.isin(token, eos)
         return token
 
@@ -278,8 +292,8 @@ def sample(
         prefix.mask.index_fill_(1, P + t, True)
         seen = visible(model, prefix.cache, prefix.mask, P + t)
         text = {"input_ids": token[:, None], "attention_mask": seen, "position_ids": prefix.position + t}
-        out = model(**text, **prefix.sight, past_key_values=prefix.cache, use_cache=True)
-        prefix.logits.copy_(out.logits[:, -1])
+        out = model(**text, **prefix.cross_masks, past_key_values=prefix.cache, use_cache=True)
+        prefix.logits.copy_(out.logits[:, -1])  # in place: every step reads and writes the same memory
         t.add_(1)
 
     for done in range(1, max_tokens):
@@ -292,14 +306,15 @@ def sample(
                 prefix, rows = fork(prefix, going), rows[going]
     else:
         draw()
-    C = max(2, int(completion_mask(ids, eos).sum(1).max()))  # at least two, so that scoring always has a `branch`
+    # At least two columns: scoring feeds all tokens but the last, and the processes of --shard must all make that call.
+    C = max(2, int(completion_mask(ids, eos).sum(1).max()))
     return ids[:, :C], logps[:, :C]
 
 
 def completion_mask(ids: Tensor, eos: Tensor) -> Tensor:
     """Return True up to and including the first EOS of each row, [N, C]: the EOS is trained, the padding is not."""
     is_eos = torch.isin(ids, eos)
-    return (is_eos.cumsum(1) - is_eos.long()) == 0  # by position: where pad == eos, a mask by value would drop the EOS
+    return (is_eos.cumsum(1) - is_eos.long()) == 0  # by position, because the pad token may equal EOS
 
 
 # 4. Compare --------------------------------------------------------------------------------------
@@ -308,9 +323,10 @@ def completion_mask(ids: Tensor, eos: Tensor) -> Tensor:
 def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     """Return A = (r - mean) / (std + 1e-4) within each group; rewards and result [B, G]. Visual-RFT eq. 2.
 
-    The group is its own baseline, so there is no value network. ddof 1 and 1e-4 are the released code's; 1e-4 bounds A
-    where rewards hardly differ. Equal rewards give 0 and stay in the batch: processes must take the same steps.
-    scale=False leaves out the division, which weighs very easy and very hard prompts up (arXiv 2503.20783).
+    The group is its own baseline, so there is no value network. ddof 1 (torch's default) and 1e-4 are the released
+    code's; 1e-4 bounds A where rewards hardly differ. A group of equal rewards gets 0 and stays in the batch: it still
+    counts in the mean and has its KL term, and all processes take the same steps. Dividing by std gives very easy and
+    very hard prompts more weight; scale=False turns it off (Dr. GRPO, arXiv 2503.20783).
     """
     centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
@@ -322,8 +338,9 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return log pi of the chosen tokens and the entropy they were chosen from (no gradient), both [N, C] float32.
 
-    logits [N, C, V] predict ids [N, C]. Blocks of FLOAT32_BLOCK logits are recomputed in the backward pass: float32
-    logits of a whole group, at a vocabulary of 150,000, would be larger than the rest of the graph.
+    logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits and again
+    in the backward pass: kept for a whole group, at a vocabulary of 150,000, it would be larger than the rest of the
+    graph. Layers are not recomputed: chunks (`two_stage_backward`) bound what they keep.
     """
 
     def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -334,7 +351,8 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
 
     at_once = max(1, FLOAT32_BLOCK // logits.shape[-1])
     blocks = zip(logits.flatten(0, 1).split(at_once), ids.flatten().split(at_once))
-    logps, entropies = zip(*(checkpoint(tokens, *block, use_reentrant=False) for block in blocks))
+    done = [checkpoint(tokens, *block, use_reentrant=False) for block in blocks]
+    logps, entropies = zip(*done)
     return torch.cat(logps).view_as(ids), torch.cat(entropies).view_as(ids)
 
 
@@ -342,7 +360,7 @@ def completion_logps(
     model: nn.Module, prompts: Prefix, rows: Tensor, ids: Tensor, temperature: float, forbidden: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return log pi_theta(o_t | q, o_<t) and entropy, both [n, C], of ids [n, C]; row i continues prompt rows[i]."""
-    if not isinstance(prompts, Prefix):  # linear attention: see `encode`
+    if not isinstance(prompts, Prefix):  # repeated prompts, which come with all rows: see `encode`
         return token_logps(prompts.logits(model, ids), ids, temperature, forbidden)
     prefix = fork(prompts, rows)
     first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # the prompt predicts it
@@ -351,50 +369,56 @@ def completion_logps(
 
 
 def shares_prompt(model: nn.Module) -> bool:
-    """Return whether gradients pass through the model's cache: linear attention overwrites its state, they cannot."""
+    """Return whether the cache is differentiable. Linear attention overwrites its state, so there it is not."""
     return not any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=model.config).layers)
 
 
 def encode(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """Encode B prompts for scoring: a Prefix, or for models with linear attention their prompts to be repeated."""
+    """Encode B prompts for scoring; with linear attention return an object that repeats the prompt per completion."""
     return prefill(model, inputs) if shares_prompt(model) else extra("repeated", "linear attention").Prompts(inputs)
 
 
-def score(model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, chunks: Sequence[Tensor], **distribution) -> Tensor:
-    """Return log pi [N, C] of completions ids [N, C] to B prompts, chunk by chunk of rows, without gradients."""
+def chunked_logps(
+    model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, chunks: Sequence[Tensor], **distribution
+) -> Tensor:  # fmt: skip
+    """Return log pi [N, C] of completions ids [N, C] to B prompts without gradients, one chunk of rows at a time."""
     G = len(ids) // len(inputs["input_ids"])
     with torch.no_grad():
         prompts = encode(model, inputs)
         return torch.cat([completion_logps(model, prompts, rows // G, ids[rows], **distribution)[0] for rows in chunks])
 
 
-def backward(
+def two_stage_backward(
     model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, chunks: Sequence[Tensor],
     loss_of: Callable[[Tensor, Tensor, Tensor], Tensor], **distribution,
 ) -> None:  # fmt: skip
     """Backpropagate the sum over chunks of loss_of(rows, logp, entropy), encoding each prompt once.
 
-    Stage 1 encodes the prompts and detaches their logits, keys and values into leaves. Each chunk of completions goes
-    forward and backward at once and adds its gradients to the leaves: memory holds the graph of one chunk. Stage 2
-    backpropagates those sums through the prompts and their images. The gradient is that of one large graph.
+    Stage 1 encodes the prompts and replaces their logits, keys and values by detached tensors (leaves of autograd).
+    Each chunk of completions runs forward, then backward, before the next one starts; gradients add up in the leaves.
+    Stage 2 backpropagates the leaves' gradients through the prompts and their images. The result is the gradient of one
+    large graph, while memory holds the graphs of the prompts and of one chunk. Call it inside one autocast: each weight
+    is then cast once, and both stages backpropagate through that cast.
 
     ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
     """
-    G, prompts, ends, leaves = len(ids) // len(inputs["input_ids"]), encode(model, inputs), [], []
+    G, prompts = len(ids) // len(inputs["input_ids"]), encode(model, inputs)
+    outputs, leaves = [], []
     if isinstance(prompts, Prefix):
-        cache = copy.copy(prompts.cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        ends = [prompts.logits, *(x for layer in cache.layers for x in (layer.keys, layer.values))]
-        leaves = [end.detach().requires_grad_(end.requires_grad) for end in ends]
-        for layer, keys, values in zip(cache.layers, leaves[1::2], leaves[2::2]):
+        layers = prompts.cache.layers
+        outputs = [prompts.logits, *(x for layer in layers for x in (layer.keys, layer.values))]
+        # Frozen layers before the first trained one have no graph: their leaves need no gradient either.
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
+        for layer, keys, values in zip(layers, leaves[1::2], leaves[2::2]):
             layer.keys, layer.values = keys, values
-        prompts = prompts._replace(cache=cache, logits=leaves[0])
+        prompts = prompts._replace(logits=leaves[0])
     for rows in chunks:
         logp, entropy = completion_logps(model, prompts, rows // G, ids[rows], **distribution)
         loss_of(rows, logp, entropy).backward()
-    reached = [(end, leaf.grad) for end, leaf in zip(ends, leaves) if leaf.grad is not None]
+    reached = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
     if reached:
-        torch.autograd.backward(*zip(*reached))
+        tensors, gradients = zip(*reached)
+        torch.autograd.backward(tensors, gradients)
 
 
 # 6. The loss -------------------------------------------------------------------------------------
@@ -403,20 +427,22 @@ def backward(
 def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Estimate KL(pi_theta || pi_ref) per token: k3 = exp(d) - d - 1 with d = logp_ref - logp. GRPO eq. 4.
 
-    It is unbiased for tokens of pi_theta and never negative; expm1 keeps the digits near d = 0. Its gradient is on
-    average that of KL(pi_ref || pi_theta), which has the same minimum: GRPO trains with that, and so do we. It is part
-    of the loss and not of the reward, where the group's mean and deviation would change its weight.
+    Value: never negative, and unbiased if the tokens come from pi_theta, so only in the first inner epoch; like GRPO
+    we do not correct the later ones by rho. expm1 keeps the digits near d = 0. Gradient: in expectation that of the
+    reverse direction, KL(pi_ref || pi_theta), which is also minimal at pi_theta = pi_ref. The term is added to the
+    loss as in GRPO; inside the reward, the group's normalization would rescale it.
     """
     d = logp_ref - logp
     return torch.expm1(d) - d
 
 
 # Mean over what? (mask [N, C], C_max) -> weights [N, C] and divisor: loss = sum(weights * token loss) / divisor. The
-# divisor counts one process; `update` adds up those of all processes.
+# divisor is this process's share; `update` sums it over processes, so their gradients are summed too, not averaged.
+# A completion that is masked as a whole does not count.
 NORMALIZATIONS = {
     # Mean over a completion's tokens, then over completions (the paper): a token of a short completion weighs more.
     "grpo": lambda mask, C_max: (mask / mask.sum(1, keepdim=True).clamp(min=1), mask.any(1).sum()),
-    # Sum over tokens / max_completion_tokens, then mean over completions (arXiv 2503.20783): no bias by length.
+    # Sum over tokens divided by max_completion_tokens, then mean over completions (arXiv 2503.20783): no length bias.
     "dr_grpo": lambda mask, C_max: (mask / C_max, mask.any(1).sum()),
     # Mean over all tokens of the optimizer step (DAPO, arXiv 2503.14476): every token weighs the same.
     "dapo": lambda mask, C_max: (mask.float(), mask.sum()),
@@ -432,14 +458,15 @@ def clipped_ratio(
     """
     rho = torch.where(mask, logp - logp_old, 0.0).exp()  # masked before exp: on padding, inf * 0 would be NaN
     unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A
-    # min() removes the gradient of tokens that moved far enough in the good direction: A > 0 and rho = 1.5 gives the
-    # clipped constant. A move in the bad direction is always corrected: A < 0 and rho = 1.5 gives 1.5 A.
+    # If A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, the minimum is the clipped constant: gradient 0. Otherwise
+    # it is rho A, so a move in the bad direction is always corrected. Where both are equal, as at rho = 1, torch takes
+    # half of each gradient, and the clip passes its half: together that of rho A.
     loss = -torch.minimum(unclipped, clipped)
     return loss, clipped < unclipped
 
 
 RATIOS = {"token": clipped_ratio}  # (logp, logp_old, A, mask, eps) -> token loss, clipped
-RATIO = "token"  # the entry that trains; a setting once there are two
+RATIO = "token"  # the entry that is used
 
 
 def grpo_loss(
@@ -452,8 +479,8 @@ def grpo_loss(
     advantages [N]; mask, weights [N, C]: the tokens that count and how much, see NORMALIZATIONS.
     """
     loss, clipped = RATIOS[RATIO](logp, logp_old, advantages[:, None], mask, eps)
-    reference = logp if logp_ref is None else logp_ref  # without a reference the KL of pi_theta to itself: 0
-    kl = kl_to_reference(torch.where(mask, logp, 0.0), torch.where(mask, reference, 0.0))
+    reference = logp if logp_ref is None else logp_ref  # without a reference KL and gradient are 0
+    kl = kl_to_reference(torch.where(mask, logp, 0.0), torch.where(mask, reference, 0.0))  # masked before exp, as rho
     return (weights * (loss + beta * kl)).sum(), kl.detach(), clipped
 
 
@@ -484,7 +511,7 @@ class Rollout(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Some prompts of a step with their n completions: what one pass of training encodes. DPO needs the first four."""
+    """Prompts that are encoded together in training, with their n completions. DPO uses the first four fields."""
 
     prompts: list[Prompt]
     inputs: dict[str, Tensor]
@@ -497,12 +524,13 @@ class MicroBatch(NamedTuple):
 
 
 def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
-    """Sample, score and compare (2 to 4). A group lives on one process, so comparing needs no communication."""
+    """Sample, score and compare: items 2 to 4 above. Groups are whole on a process: comparing needs no others."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.timer("sample"), torch.no_grad(), run.autocast(), run.gathered():
-        keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]  # 0: the round, as in draw_examples
+        keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]  # 0: see `round` in data.draw_examples
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         inputs, limit = run.collate(prompts), cfg.max_completion_tokens
+        # The sampler's log-probabilities do not serve as log pi_old: decoding rounds differently than scoring.
         ids, _ = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution)
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
@@ -512,15 +540,16 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     }
     rewards = sum(weight * parts[name] for name, (_, weight) in run.rewards.items())
     scale = cfg.loss != "dr_grpo" if cfg.scale_advantages == "auto" else cfg.scale_advantages == "true"
-    # Truncated completions stay in the group's mean: without them an answer that ends would look worse than it is.
+    # Truncated completions stay in the group's mean. They usually earn little: without them the mean would rise, and
+    # the advantage of completions that ended would fall.
     advantages = group_advantages(rewards, scale).flatten().to(run.device)
     return Rollout(prompts, ids, mask, truncated, texts, parts, rewards, advantages)
 
 
 def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
-    """Divide a rollout into parts that go through the model one after the other; return the loss's divisor too.
+    """Divide a rollout into micro-batches of max(1, micro_batch // G) groups; return the divisor of this process too.
 
-    A part is as many groups as --micro_batch holds, at least one. The reference scores each part once.
+    The reference scores each micro-batch here, once for all inner epochs.
     """
     cfg, G, parts = run.cfg, run.cfg.group_size, []
     counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
@@ -538,18 +567,20 @@ def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
 def update(run: "Run", ro: Rollout) -> "Averages":
     """Take `inner_epochs` optimizer steps on one rollout (5 to 7) and return the metrics of the step.
 
-    The loss is a sum over tokens, divided by a number that is known beforehand: so it can go backward in parts.
+    The loss is a sum over tokens divided by a number that is known before the first forward pass, so each chunk can be
+    backpropagated alone. Every process divides by the divisor of all, therefore gradients are summed, not averaged.
     """
-    cfg, metrics, (batches, share) = run.cfg, rollout_metrics(run, ro), micro_batches(run, ro)
-    divisor = run.accelerator.reduce(share.float(), "sum").clamp(min=1)  # 0 where every completion is masked
+    cfg, metrics = run.cfg, rollout_metrics(run, ro)
+    batches, own_divisor = micro_batches(run, ro)
+    divisor = run.accelerator.reduce(own_divisor.float(), "sum").clamp(min=1)  # 0 if every completion is masked
     for epoch in range(cfg.inner_epochs):
         for batch in batches:
 
             def loss_of(rows: Tensor, logp: Tensor, entropy: Tensor) -> Tensor:
                 if epoch == 0:
-                    # The policy has not moved since it sampled, so its own value is pi_old's: no second forward, and
-                    # rho = 1. The "grpo" loss is then about 0, because the advantages of a group add up to 0; its
-                    # gradient, the mean of -A grad log pi_theta, is not.
+                    # The policy has not moved since it sampled, so its detached logp is log pi_old: no second forward.
+                    # rho is then 1, and the "grpo" loss about 0 (plus beta KL), because the advantages of a group add
+                    # up to 0. Its gradient, the mean of -A grad log pi_theta, is not 0.
                     batch.logp_old[rows] = logp.detach()
                 mask, logp_ref = batch.mask[rows], None if batch.logp_ref is None else batch.logp_ref[rows]
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
@@ -560,7 +591,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                 return loss / divisor
 
             run.backward(batch, loss_of)
-        metrics.add("loss", 0, share)
+        metrics.add("loss", 0, own_divisor)
         optimizer_step(run, metrics)
     return metrics
 
@@ -570,7 +601,7 @@ def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
     lengths, (B, G) = ro.mask.sum(1), ro.rewards.shape
     per_completion = {"reward": ro.rewards, "completion_tokens": lengths, "truncated": ro.truncated}
     per_completion |= {f"reward/{name}": values for name, values in ro.parts.items()}
-    same = (ro.rewards == ro.rewards[:, :1]).all(1)  # such groups teach nothing
+    same = (ro.rewards == ro.rewards[:, :1]).all(1)  # advantages 0: nothing to learn but the KL term
     metrics = Averages()
     for name, values in (per_completion | {"reward_std": ro.rewards.std(1), "zero_variance_groups": same}).items():
         metrics.put(name, values.sum(), values.numel())
@@ -581,16 +612,16 @@ def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
 
 
 def optimizer_step(run: "Run", metrics: "Averages") -> None:
-    """Add up the gradients of all processes, clip and step (7). A gradient that is not finite changes nothing."""
+    """Sum the gradients over processes, clip and step (item 7). If their norm is not finite, the step is skipped."""
     with run.timer("train"):
         trained = [p for p in run.model.parameters() if p.requires_grad]
-        if run.accelerator.num_processes > 1 and not run.cfg.shard:  # shards are exchanged as they go backward
+        if run.accelerator.num_processes > 1 and not run.cfg.shard:  # FSDP has summed its shards during backward
             exchange_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         norm = float(norm.full_tensor() if run.cfg.shard else norm)
-        finite = math.isfinite(norm)  # of summed gradients: every process sees the same norm and decides alike
+        finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
         if finite:
-            run.whole = False  # until `write`: an error in between must leave no checkpoint of half a step
+            run.whole = False  # set back by `write`; while False, an error leaves no checkpoint
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     metrics.add("grad_norm", norm if finite else 0.0, finite)
@@ -598,8 +629,9 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
 
 
 def exchange_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum every gradient over the processes: all that data parallelism is, once per optimizer step.
+    """All-reduce the sum of every gradient, once per optimizer step. Beside the divisor, data parallelism is just this.
 
+    The processes load the same weights and take the same steps, so they stay equal.
     A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The calls
     are asynchronous and tensor by tensor: flattened into one tensor the gradients would be in memory twice.
     """
@@ -641,7 +673,7 @@ def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
 
 
 class Averages(dict):
-    """Metrics as sums and counts by name: means stay exact over micro-batches and processes of unequal size."""
+    """Sums and counts of metrics by name: means stay exact over micro-batches and processes of unequal size."""
 
     def add(self, name: str, total, count=1) -> None:
         self[name] = self.get(name, 0.0) + torch.tensor([float(total), float(count)], dtype=torch.float64)
@@ -653,7 +685,7 @@ class Averages(dict):
         self.add(name, total, count)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the means over all processes, which must hold the same names."""
+        """Return the means over all processes, which must hold the same names in the same order."""
         table = accelerator.reduce(torch.stack(list(self.values())).to(accelerator.device), "sum").tolist()
         return {name: total / count if count > 0 else 0.0 for name, (total, count) in zip(self, table)}
 
@@ -666,14 +698,14 @@ class Run:
     accelerator: Accelerator
     prompts: Prompts  # the examples, and how they become what the model reads
     model: nn.Module  # the policy
-    reference: nn.Module | None  # pi_ref; None without a KL term, and where pi_ref is the policy without its adapters
+    reference: nn.Module | None  # pi_ref; None if beta is 0, or with LoRA: then it is the policy with its adapters off
     adapters: Any  # peft's handle on LoRA adapters, or None
     optimizer: torch.optim.Optimizer | None  # None in evaluation
     rewards: dict[str, tuple[Callable, float]]  # by name: reward(completion, solution) and weight
     eos: Tensor  # ids that end a completion
     distribution: dict[str, Any]  # temperature and forbidden ids, the same for sampler and scorer
     done: int  # steps that have been taken
-    whole: bool = True  # whether weights and moments are those after `done` steps
+    whole: bool = True  # False while a step is partly applied to weights and moments
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the current step
 
     @property
@@ -683,9 +715,6 @@ class Run:
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
-
-    def say(self, text: str) -> None:
-        self.accelerator.print(text, flush=True)
 
     def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
         batch = data.collate(prompts, self.prompts.processor.tokenizer.pad_token_id or 0)
@@ -697,7 +726,7 @@ class Run:
         return self.prompts.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def autocast(self):
-        """Compute in bf16 on GPUs, over float32 weights; one context around a phase casts every weight once."""
+        """Compute in bf16 on GPUs; weights stay float32, and their casts are kept until the context ends."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
 
     def gathered(self):
@@ -705,13 +734,14 @@ class Run:
         return extra("shards", "--shard").gathered(self.model) if self.cfg.shard else contextlib.nullcontext()
 
     def chunks(self, batch: MicroBatch, unit: int = 1) -> Sequence[Tensor]:
-        """Return the rows of a micro-batch in chunks of --micro_batch completions, in whole units (DPO's is a pair)."""
+        """Divide the rows of a micro-batch into chunks of --micro_batch, rounded down to a multiple of `unit` rows."""
         rows, size = torch.arange(len(batch.ids), device=self.device), max(unit, self.cfg.micro_batch // unit * unit)
         return rows.split(size) if self.cfg.micro_batch and shares_prompt(self.model) else [rows]
 
     def backward(self, batch: MicroBatch, loss_of: Callable[..., Tensor], unit: int = 1) -> None:
         with self.timer("train"), self.autocast():
-            backward(self.model, batch.inputs, batch.ids, self.chunks(batch, unit), loss_of, **self.distribution)
+            chunks = self.chunks(batch, unit)
+            two_stage_backward(self.model, batch.inputs, batch.ids, chunks, loss_of, **self.distribution)
 
     def reference_logps(self, batch: MicroBatch) -> Tensor | None:
         """Return log pi_ref [n, C] of a micro-batch; None without a KL term."""
@@ -719,7 +749,8 @@ class Run:
             return None
         off = self.adapters.disable_adapter() if self.adapters else contextlib.nullcontext()
         with self.timer("reference"), self.autocast(), off:
-            return score(self.reference or self.model, batch.inputs, batch.ids, self.chunks(batch), **self.distribution)
+            model, chunks = self.reference or self.model, self.chunks(batch)
+            return chunked_logps(model, batch.inputs, batch.ids, chunks, **self.distribution)
 
     @contextlib.contextmanager
     def timer(self, phase: str):
@@ -732,7 +763,7 @@ class Run:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def steps(self) -> Iterator[tuple[int, list[Prompt]]]:
-        """Yield each step that is left with this process's prompts; set its learning rate and show progress."""
+        """Yield (step, this process's prompts) for the remaining steps; set the learning rate and show progress."""
         cfg, seen, todo = self.cfg, set(), range(self.done + 1, self.cfg.steps + 1)
         slots = range(self.accelerator.process_index, cfg.prompts_per_step, self.accelerator.num_processes)
         examples = len(self.prompts.examples)
@@ -748,6 +779,12 @@ class Run:
                 group["lr"] = cfg.lr * min(1.0, step / (cfg.warmup_steps + 1)) * (1.0 - (step - 1) / cfg.steps)
             yield step, prompts
         self.bar.close()
+
+
+def say(text: str) -> None:
+    """Print on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def loading(what: str, name: str):
@@ -779,7 +816,7 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, data.Fit, str, int]
     if coordinates == "auto":
         coordinates = data.COORDINATES_OF_FAMILY.get(kind := config.model_type)
         if coordinates is None:
-            print(f"model type {kind} is not known: coordinates are 0..1000; see --coordinates", file=sys.stderr)
+            say(f"model type {kind} is not known: coordinates are 0..1000; see --coordinates")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return processor, fit, coordinates or "relative", positions
 
@@ -806,29 +843,28 @@ def load_examples(cfg: Config, split: str) -> list[Example]:
         chosen |= {"limit": cfg.eval_limit, "eval_categories": cfg.eval_categories}
     with loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(notes), flush=True)
+    say("\n".join(notes))
     return examples
 
 
 def connect(cfg: Any) -> Accelerator:
     """Join the processes that were launched; SystemExit where they would not find each other."""
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while one process writes 100 GB
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while process 0 saves
     cpu, trackers = not torch.cuda.is_available(), getattr(cfg, "report_to", None) or None
     accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=cfg.out, kwargs_handlers=[patience])
     n, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if n != launched:
-        raise SystemExit(f"{launched} processes were launched, accelerate sees {n}: each would train alone")
+        raise SystemExit(f"{launched} processes were launched, accelerate sees {n}: see `accelerate config`")
     if getattr(cfg, "steps", 0) and cfg.prompts_per_step % n:
         raise SystemExit(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of the {n} processes")
-    torch.multiprocessing.set_sharing_strategy("file_system")  # 64 prompts a batch need more files than may be open
+    torch.multiprocessing.set_sharing_strategy("file_system")  # the default can exceed the limit of open files
     return accelerator
 
 
 def build(
     cfg: Any, accelerator: Accelerator, prompts: Prompts, rewards: dict, trains: bool, temperature: float = 1.0
 ) -> Run:  # fmt: skip
-    """Load policy, reference and optimizer. On GPUs what is trained is float32, or it would lose updates of 1e-6."""
+    """Load policy, reference and optimizer. Trained weights are float32: bf16 would round away updates of size 1e-6."""
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
     if trains and cfg.resume:
         saved = extra("checkpoints", "--resume").find(cfg, prompts.examples)
@@ -882,12 +918,12 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     cfg, out, checks = run.cfg, Path(run.cfg.out), extra("check")
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "config.json").exists():  # its time is when an evaluation began
+        if not (out / "config.json").exists():  # a kept file's time marks the start of an evaluation
             (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     if checks:
         checks.describe(run, per_prompt, what, notes)
     else:
-        run.say("extras/ is missing: no description of the run, no pictures; Ctrl-C saves OUT/model and no checkpoint")
+        say("extras/ is missing: no description of the run, no pictures; Ctrl-C saves OUT/model and no checkpoint")
     if cfg.report_to:
         run.accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     run.accelerator.wait_for_everyone()
@@ -930,7 +966,7 @@ def guarded(run: Run) -> Iterator[Callable[[], bool]]:
 
 
 def save_model(run: Run) -> None:
-    """Write OUT/model, whole or not at all, in the dtype the model came in. This comes last: adapters are merged."""
+    """Write OUT/model atomically. Call this last: it merges adapters and casts the weights to their original dtype."""
     folder, weights = Path(run.cfg.out) / "model", None
     new, old = folder.with_name("model.unfinished"), folder.with_name("model.old")
     dtype = pretrained(transformers.AutoConfig, run.cfg.model).dtype or torch.float32
@@ -1004,11 +1040,11 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
-    """Return the rule that nothing of an earlier run or of anything else is lost: what stands in --out stays."""
+    """Return the rule that --out holds no run or model yet; a run that took no step left only two files."""
     out = Path(cfg.out)
     there = {file.name for file in out.iterdir()} - {"config.json", "setup.txt"} if out.is_dir() else set()
     taken = out.is_file() or "config.json" in os.listdir(out) and there if out.exists() else False
-    return "out", may_exist or not taken, "new: it holds an earlier run (--resume true continues it) or something else"
+    return "out", may_exist or not taken, "new: it holds an earlier run (--resume true continues it) or a model"
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:

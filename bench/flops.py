@@ -60,12 +60,12 @@ def phases(model, inputs: dict, G: int, C: int) -> dict[str, tuple[int, float, f
             logits.sum().backward()
 
     def train() -> None:
-        virft.backward(model, inputs, ids, rows, lambda rows, logp, entropy: logp.sum(), **sampling)
+        virft.two_stage_backward(model, inputs, ids, rows, lambda rows, logp, entropy: logp.sum(), **sampling)
 
     with torch.no_grad():
         noise = torch.rand(G, C, dtype=torch.float64)
         sampled = count(lambda: virft.sample(model, inputs, G, noise, C, no_end, **sampling))
-        scored = count(lambda: virft.score(model, inputs, ids, rows, **sampling))
+        scored = count(lambda: virft.chunked_logps(model, inputs, ids, rows, **sampling))
         once = count(lambda: prompt(False))
     trained, both = count(train), count(lambda: prompt(True))
     tokens, whole = (completion_operations(config, P, C, eager) for eager in (False, True))

@@ -32,7 +32,7 @@ def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     """
     lines, prompt = description(run, per_prompt, what)
     more = [f"... {len(prompt) - PROMPT_LINES} lines more in setup.txt"] if len(prompt) > PROMPT_LINES else []
-    run.say("\n".join([*lines, *prompt[:PROMPT_LINES], *more, *notes]))
+    run.accelerator.print("\n".join([*lines, *prompt[:PROMPT_LINES], *more, *notes]))
     if run.main:
         settings = [f"  {name} = {value!r}" for name, value in asdict(run.cfg).items()]
         (Path(run.cfg.out) / "setup.txt").write_text("\n".join([*settings, *lines, *prompt, *notes]) + "\n")
@@ -199,12 +199,12 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
         draw_answer(task, chosen[0], first.texts[0], picture)
     found = doubts(facts, coordinates)
     lines, first_prompt = description(run, cfg.group_size, "completions")
-    run.say("\n".join([*lines, *first_prompt]))
-    run.say(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
-    run.say("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
-    run.say("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in first.texts[: cfg.group_size]))
-    run.say("\n".join(f"LOOKS WRONG: {doubt}" for doubt in found) or "nothing looks wrong")
-    run.say(f"the first answer is drawn in {picture}; nothing was trained")
+    run.accelerator.print("\n".join([*lines, *first_prompt]))
+    run.accelerator.print(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
+    run.accelerator.print("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
+    run.accelerator.print("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in first.texts[: cfg.group_size]))
+    run.accelerator.print("\n".join(f"LOOKS WRONG: {doubt}" for doubt in found) or "nothing looks wrong")
+    run.accelerator.print(f"the first answer is drawn in {picture}; nothing was trained")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,4 +227,4 @@ def ask(run: Any, answer: Callable[[Any, list[Prompt]], list[str]]) -> None:
         asked = re.sub(r"\W+", "_", example.category)[:40]
         path = Path(run.cfg.out) / f"{Path(run.cfg.ask).stem}_{asked}.png"
         draw_answer(run.prompts.task, prompt, text, path)
-        run.say(f"{example.category}: {text}\n  drawn in {path}")
+        run.accelerator.print(f"{example.category}: {text}\n  drawn in {path}")

@@ -351,7 +351,7 @@ def evaluate(
     (kept,) = broadcast_object_list([kept])
     out.mkdir(parents=True, exist_ok=True)
     if kept:
-        run.say(f"continuing with {len(kept)} of {len(examples)} answers from {out}")
+        run.accelerator.print(f"continuing with {len(kept)} of {len(examples)} answers from {out}")
     left = sorted(set(range(len(examples))) - {record["row"] for record in kept})
     mine, size = left[accelerator.process_index :: accelerator.num_processes], cfg.prompts_per_step
     batches = [[(i, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
@@ -372,6 +372,6 @@ def evaluate(
     if run.main:
         write_evaluation(out, task, protocol, records, overall, each, examples)
     if len(records) < len(examples):
-        run.say(f"{len(examples) - len(records)} examples were skipped: their images do not open")
-    run.say(f"{report(overall, each, len(records), protocol)}\npredictions, results and pictures in {out}")
+        run.accelerator.print(f"{len(examples) - len(records)} examples were skipped: their images do not open")
+    run.accelerator.print(f"{report(overall, each, len(records), protocol)}\npredictions, results and pictures in {out}")
     return overall

@@ -64,13 +64,13 @@ def check_against_the_repeated_prompt(name: str, inputs: list[dict], chunk: int)
         return (chunk_logp * weights[rows]).sum()
 
     distribution = {"temperature": TEMPERATURE, "forbidden": FORBIDDEN}
-    virft.backward(model, batch(inputs), ids, chunks, loss_of, **distribution)
+    virft.two_stage_backward(model, batch(inputs), ids, chunks, loss_of, **distribution)
     found = gradients(model)
     model.zero_grad()
     expected = oracle(name, model, inputs, ids)
     (expected * weights).sum().backward()
     assert (logp - expected).abs().max() < 1e-5
-    assert torch.equal(virft.score(model, batch(inputs), ids, chunks, **distribution), logp)
+    assert torch.equal(virft.chunked_logps(model, batch(inputs), ids, chunks, **distribution), logp)
     assert (logp <= 0).all() and (entropy > 0).all()
     assert (found - gradients(model)).norm() / found.norm() < 1e-5
 

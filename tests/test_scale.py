@@ -95,15 +95,15 @@ def test_adapters_alone_change_and_the_merged_model_answers_as_the_adapted_one(m
     assert changed == adapters and adapters < language and len(adapters) == 2 * 4 * 7
     inputs, ids = run.collate(first_prompts(run, 2)), torch.randint(300, 900, (4, 6))
     rows, batch = [torch.arange(4)], virft.MicroBatch([], inputs, ids, torch.ones_like(ids))
-    adapted = virft.score(run.model, inputs, ids, rows, **run.distribution)
+    adapted = virft.chunked_logps(run.model, inputs, ids, rows, **run.distribution)
     initial = run.reference_logps(batch)
-    again = virft.score(run.model, inputs, ids, rows, **run.distribution)
+    again = virft.chunked_logps(run.model, inputs, ids, rows, **run.distribution)
     assert torch.equal(adapted, again) and (adapted - initial).abs().max() > 1e-3
     for model, logps in ((Path(run.cfg.out) / "model", adapted), (run.cfg.model, initial)):
         if model == Path(run.cfg.out) / "model":
             virft.save_model(run)
         loaded = AutoModelForImageTextToText.from_pretrained(model).eval()
-        found = virft.score(loaded, inputs, ids, rows, **run.distribution)
+        found = virft.chunked_logps(loaded, inputs, ids, rows, **run.distribution)
         torch.testing.assert_close(found, logps, atol=2e-5, rtol=0)
 
 
@@ -149,7 +149,7 @@ def test_peak_memory_falls_with_the_chunk():
     def train(micro_batch):
         chunks, nothing = torch.arange(32).split(micro_batch), torch.tensor([], dtype=torch.long)
         sampling = {"temperature": 1.0, "forbidden": nothing}
-        virft.backward(model, inputs, ids, chunks, lambda rows, logp, _: logp.mean(), **sampling)
+        virft.two_stage_backward(model, inputs, ids, chunks, lambda rows, logp, _: logp.mean(), **sampling)
 
     train(32)  # the gradients stay
     at_once, in_chunks = peak_bytes(lambda: train(32)), peak_bytes(lambda: train(4))
