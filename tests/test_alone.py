@@ -21,14 +21,14 @@ EXTRAS_NEED = ("datasets", "pycocotools", "matplotlib", "peft", "pytest", "hypot
 # Runs a script as `python SCRIPT` would, in an environment in which those packages are not installed.
 WITHOUT = f"""
 import runpy, sys
-from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 
-class Missing(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {EXTRAS_NEED}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {EXTRAS_NEED} else super().find_spec(name, path, target)
 
-sys.meta_path.insert(0, Missing())
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 sys.path.insert(0, ".")
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -95,7 +95,7 @@ NEEDS = {
     "--eval_only true": "--eval_only needs extras/evaluate.py",
     "--ask x.png --categories dog": "--ask needs extras/check.py",
     "--lora_rank 4": "--lora_rank needs extras/adapters.py",
-    "--negatives 0.2": "--negatives needs extras/readers/choose.py",
+    "--negatives 0.2": "--shots, --negatives or --eval_categories needs extras/readers/choose.py",
 }
 
 
