@@ -341,7 +341,7 @@ def extra(name: str, asked_by: str | None = None) -> Any:
 
 
 def extra_reader(asked_by: str, module: str, function: str, *args) -> Any:
-    """Call a function of extras/readers/MODULE.py. Being a named function it pickles, in tasks, for loaders' workers."""
+    """Call a function of extras/readers/MODULE.py. A named function, because tasks are pickled for loaders' workers."""
     return getattr(extra(f"readers.{module}", asked_by), function)(*args)
 
 

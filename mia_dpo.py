@@ -63,7 +63,7 @@ from virft import (  # of the algorithm
 )  # fmt: skip
 from virft import (  # of settings, loading and the loop
     Averages, Config, Run, build as build_run, connect, due, guarded, load_processor, obey, open_out, out_rule,
-    parse, save_model, setting, write,
+    parse, save_model, say, setting, write,
 )  # fmt: skip
 
 
@@ -670,10 +670,10 @@ def build(argv: list[str]) -> None:
     prompts = Prompts(task, examples, processor, fit, coordinates, False, cfg.system_prompt, room)
     questions = Questions(prompts, reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed)
     run = build_run(cfg, accelerator, prompts, {}, trains=False, temperature=cfg.temperature)
-    run.say("\n".join(notes))
+    say("\n".join(notes))
     (kept,) = broadcast_object_list([open_folder(cfg, folder) if main else []])
     if kept:
-        run.say(f"continuing with {len(kept)} answers from {folder}")
+        say(f"continuing with {len(kept)} answers from {folder}")
     done = {candidate["number"] for candidate in kept}
     left = [i for i in range(accelerator.process_index, len(examples), accelerator.num_processes) if i not in done]
     loader = DataLoader(questions, cfg.batch, sampler=left, collate_fn=list, num_workers=cfg.workers)
@@ -693,7 +693,7 @@ def build(argv: list[str]) -> None:
             records += found
     records, skipped = gather_object(records), gather_object(skipped)
     if skipped:
-        run.say(f"{len(skipped)} questions skipped; first: {skipped[0]}")
+        say(f"{len(skipped)} questions skipped; first: {skipped[0]}")
     if main:
         finish_build(cfg, sorted(records, key=lambda record: (record["number"], record.get("id"))), folder)
     accelerator.end_training()

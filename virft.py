@@ -99,18 +99,18 @@ class Config:
     rewards: list[str] = setting([], "NAME=WEIGHT, as iou=1 my.py:my_reward=2; default: the task's", "The algorithm")
     iou_threshold: float = setting(0.5, "a box counts as found if its IoU is above this", least=0, below=1)
     group_size: int = setting(8, "completions per prompt, G; they are compared with each other", least=2)
-    max_completion_tokens: int = setting(512, "maximum tokens of a completion; longer ones are truncated", least=1)
+    max_completion_tokens: int = setting(512, "maximum tokens of a completion; longer ones are truncated", least=2)
     temperature: float = setting(1.0, "temperature of sampler and scorer alike", above=0)
-    loss: str = setting("grpo", "mean over what: see NORMALIZATIONS", choices=lambda: NORMALIZATIONS)
+    loss: str = setting("grpo", "mean over what: grpo, dr_grpo, dapo", choices=lambda: NORMALIZATIONS)
     scale_advantages: str = setting("auto", "divide by std; auto: not in dr_grpo", choices=("auto", "true", "false"))
-    clip: list[float] = setting([0.2, 0.2], "how far the ratio may fall below and rise above 1 (epsilon)", least=0)
+    clip: list[float] = setting([0.2, 0.2], "epsilon: how far the ratio may fall below and rise above 1", least=0)
     beta: float = setting(0.04, "weight of the KL to the reference model; 0 loads no reference", least=0)
     inner_epochs: int = setting(1, "optimizer steps on the same completions; clipping acts from the second on", least=1)
     mask_truncated: bool = setting(False, "exclude truncated completions from the loss, not from their group's mean")
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
-    micro_batch: int = setting(0, "completions per training pass, fewer or more than a group; 0: one group", least=0)
+    micro_batch: int = setting(0, "completions per pass: part of a group or whole groups; 0: one group", least=0)
     lr: float = setting(1e-6, "peak learning rate, decaying linearly to 0", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
@@ -128,7 +128,7 @@ class Config:
     eval_only: bool = setting(False, "evaluate --model on the validation split and stop")
     eval_every: int = setting(0, "steps between evaluations; 0: none", least=0)
     eval_limit: int | None = setting(None, "evaluate on this many examples, chosen by seed; default: all", least=1)
-    eval_categories: str = setting("gt", "gt: what images show; listed: --categories", choices=("gt", "all", "listed"))
+    eval_categories: str = setting("gt", "asked per image: gt (what it shows), ...", choices=("gt", "all", "listed"))
     report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
 
 
@@ -259,14 +259,15 @@ def sample(
 
     noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its
     first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
-    more. In between, shapes are constant and nothing synchronizes with the GPU.
+    more: dropping copies the cache of all others, so it has to pay. In between, shapes are constant, nothing
+    synchronizes with the GPU, and all changes are in place: a step can be recorded once and replayed (CUDA graphs).
     """
-    (B, P), width = inputs["input_ids"].shape, max(2, max_tokens)
+    B, P = inputs["input_ids"].shape
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
-    ids = eos[0].repeat(len(rows), width)
+    ids = eos[0].repeat(len(rows), max_tokens)
     logps = torch.zeros(ids.shape, device=eos.device)
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    t = torch.zeros(1, dtype=torch.long, device=eos.device)  # a tensor: an int would make each step a different one
+    t = torch.zeros(1, dtype=torch.long, device=eos.device)  # tokens sampled so far
     prompts = prefill(model, inputs)
     reserve(model, prompts.cache, max_tokens)
     prefix = fork(prompts._replace(mask=F.pad(prompts.mask.bool(), (0, max_tokens))), rows // group_size)
@@ -293,7 +294,7 @@ def sample(
         seen = visible(model, prefix.cache, prefix.mask, P + t)
         text = {"input_ids": token[:, None], "attention_mask": seen, "position_ids": prefix.position + t}
         out = model(**text, **prefix.cross_masks, past_key_values=prefix.cache, use_cache=True)
-        prefix.logits.copy_(out.logits[:, -1])  # in place: every step reads and writes the same memory
+        prefix.logits.copy_(out.logits[:, -1])
         t.add_(1)
 
     for done in range(1, max_tokens):
@@ -324,9 +325,9 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     """Return A = (r - mean) / (std + 1e-4) within each group; rewards and result [B, G]. Visual-RFT eq. 2.
 
     The group is its own baseline, so there is no value network. ddof 1 (torch's default) and 1e-4 are the released
-    code's; 1e-4 bounds A where rewards hardly differ. A group of equal rewards gets 0 and stays in the batch: it still
-    counts in the mean and has its KL term, and all processes take the same steps. Dividing by std gives very easy and
-    very hard prompts more weight; scale=False turns it off (Dr. GRPO, arXiv 2503.20783).
+    code's; 1e-4 avoids 0 / 0 and shrinks A where rewards hardly differ. A group of equal rewards gets 0 and stays in the
+    batch: it still counts in the mean and has its KL term, and all processes take the same steps. Dividing by std gives
+    very easy and very hard prompts more weight; scale=False turns it off (Dr. GRPO, arXiv 2503.20783).
     """
     centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
@@ -338,9 +339,9 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return log pi of the chosen tokens and the entropy they were chosen from (no gradient), both [N, C] float32.
 
-    logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits and again
-    in the backward pass: kept for a whole group, at a vocabulary of 150,000, it would be larger than the rest of the
-    graph. Layers are not recomputed: chunks (`two_stage_backward`) bound what they keep.
+    logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits and
+    recomputed in the backward pass. Stored for a whole group, it would take more memory than the rest of the graph
+    (V = 150,000). Layers are not recomputed: chunks (`two_stage_backward`) bound what they store.
     """
 
     def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,7 +361,7 @@ def completion_logps(
     model: nn.Module, prompts: Prefix, rows: Tensor, ids: Tensor, temperature: float, forbidden: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return log pi_theta(o_t | q, o_<t) and entropy, both [n, C], of ids [n, C]; row i continues prompt rows[i]."""
-    if not isinstance(prompts, Prefix):  # repeated prompts, which come with all rows: see `encode`
+    if not isinstance(prompts, Prefix):  # linear attention: the prompt is repeated for each of all completions
         return token_logps(prompts.logits(model, ids), ids, temperature, forbidden)
     prefix = fork(prompts, rows)
     first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # the prompt predicts it
@@ -415,6 +416,7 @@ def two_stage_backward(
     for rows in chunks:
         logp, entropy = completion_logps(model, prompts, rows // G, ids[rows], **distribution)
         loss_of(rows, logp, entropy).backward()
+    # A leaf has no gradient if it needs none, or if no completion depends on it.
     reached = [(x, leaf.grad) for x, leaf in zip(outputs, leaves) if leaf.grad is not None]
     if reached:
         tensors, gradients = zip(*reached)
@@ -428,17 +430,17 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Estimate KL(pi_theta || pi_ref) per token: k3 = exp(d) - d - 1 with d = logp_ref - logp. GRPO eq. 4.
 
     Value: never negative, and unbiased if the tokens come from pi_theta, so only in the first inner epoch; like GRPO
-    we do not correct the later ones by rho. expm1 keeps the digits near d = 0. Gradient: in expectation that of the
-    reverse direction, KL(pi_ref || pi_theta), which is also minimal at pi_theta = pi_ref. The term is added to the
-    loss as in GRPO; inside the reward, the group's normalization would rescale it.
+    we do not correct the later ones by rho. expm1 keeps the digits near d = 0. Gradient: its expectation is that of the
+    KL with its arguments swapped, KL(pi_ref || pi_theta), which is also minimal at pi_theta = pi_ref. The term is
+    added to the loss as in GRPO; inside the reward, the group's normalization would rescale it.
     """
     d = logp_ref - logp
     return torch.expm1(d) - d
 
 
 # Mean over what? (mask [N, C], C_max) -> weights [N, C] and divisor: loss = sum(weights * token loss) / divisor. The
-# divisor is this process's share; `update` sums it over processes, so their gradients are summed too, not averaged.
-# A completion that is masked as a whole does not count.
+# divisor counts this process only. `update` adds up those of all processes and divides each loss by the total;
+# therefore gradients are summed, not averaged. A completion that is masked as a whole does not count.
 NORMALIZATIONS = {
     # Mean over a completion's tokens, then over completions (the paper): a token of a short completion weighs more.
     "grpo": lambda mask, C_max: (mask / mask.sum(1, keepdim=True).clamp(min=1), mask.any(1).sum()),
@@ -457,7 +459,7 @@ def clipped_ratio(
     logp, logp_old, mask [N, C]; A [N, 1]; eps: how far rho may fall below and rise above 1.
     """
     rho = torch.where(mask, logp - logp_old, 0.0).exp()  # masked before exp: on padding, inf * 0 would be NaN
-    unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A
+    unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A  # -1: a single number serves both sides
     # If A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, the minimum is the clipped constant: gradient 0. Otherwise
     # it is rho A, so a move in the bad direction is always corrected. Where both are equal, as at rho = 1, torch takes
     # half of each gradient, and the clip passes its half: together that of rho A.
@@ -585,7 +587,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                 mask, logp_ref = batch.mask[rows], None if batch.logp_ref is None else batch.logp_ref[rows]
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
                 loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
-                metrics.add("loss", loss.detach(), 0)
+                metrics.add("loss", loss.detach(), 0)  # its count, the divisor, follows once per epoch
                 for name, values in {"kl": kl, "clip_fraction": clipped, "entropy": entropy}.items():
                     metrics.add(name, values[mask].sum(), mask.sum())
                 return loss / divisor
@@ -612,7 +614,10 @@ def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
 
 
 def optimizer_step(run: "Run", metrics: "Averages") -> None:
-    """Sum the gradients over processes, clip and step (item 7). If their norm is not finite, the step is skipped."""
+    """Sum the gradients over processes, clip and step (item 7).
+
+    A norm that is not finite skips the step, because one bad batch must not ruin the weights, and is counted.
+    """
     with run.timer("train"):
         trained = [p for p in run.model.parameters() if p.requires_grad]
         if run.accelerator.num_processes > 1 and not run.cfg.shard:  # FSDP has summed its shards during backward
@@ -621,7 +626,7 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
         norm = float(norm.full_tensor() if run.cfg.shard else norm)
         finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
         if finite:
-            run.whole = False  # set back by `write`; while False, an error leaves no checkpoint
+            run.whole = False  # until `write` has recorded the step: an error meanwhile saves no checkpoint
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     metrics.add("grad_norm", norm if finite else 0.0, finite)
@@ -705,6 +710,7 @@ class Run:
     eos: Tensor  # ids that end a completion
     distribution: dict[str, Any]  # temperature and forbidden ids, the same for sampler and scorer
     done: int  # steps that have been taken
+    bar: Any = None  # the progress bar of `steps`
     whole: bool = True  # False while a step is partly applied to weights and moments
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the current step
 
@@ -726,7 +732,7 @@ class Run:
         return self.prompts.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def autocast(self):
-        """Compute in bf16 on GPUs; weights stay float32, and their casts are kept until the context ends."""
+        """Compute in bf16 on GPUs. Weights stay float32; their bf16 copies are cached until the context ends."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
 
     def gathered(self):
@@ -734,7 +740,7 @@ class Run:
         return extra("shards", "--shard").gathered(self.model) if self.cfg.shard else contextlib.nullcontext()
 
     def chunks(self, batch: MicroBatch, unit: int = 1) -> Sequence[Tensor]:
-        """Divide the rows of a micro-batch into chunks of --micro_batch, rounded down to a multiple of `unit` rows."""
+        """Divide a micro-batch into chunks of --micro_batch rows; `unit` rows stay together (DPO's pairs)."""
         rows, size = torch.arange(len(batch.ids), device=self.device), max(unit, self.cfg.micro_batch // unit * unit)
         return rows.split(size) if self.cfg.micro_batch and shares_prompt(self.model) else [rows]
 
@@ -788,7 +794,7 @@ def say(text: str) -> None:
 
 
 def loading(what: str, name: str):
-    """Explain what cannot be loaded, where extras/ is there to do it."""
+    """Replace loading errors by an explanation, if extras/ is there."""
     return extra("hub").loading(what, name) if extra("hub") else contextlib.nullcontext()
 
 
@@ -918,7 +924,7 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     cfg, out, checks = run.cfg, Path(run.cfg.out), extra("check")
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "config.json").exists():  # a kept file's time marks the start of an evaluation
+        if not (out / "config.json").exists():  # its time is the start of an evaluation that continues
             (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     if checks:
         checks.describe(run, per_prompt, what, notes)
@@ -960,7 +966,8 @@ def guarded(run: Run) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: False
     except (Exception, KeyboardInterrupt):
-        if run.main and not run.cfg.shard and (run.done or not run.whole):  # shards need processes that may be gone
+        learned = run.done or not run.whole  # at least one update was applied
+        if run.main and learned and not run.cfg.shard:  # shards need the other processes, which may be gone
             save_model(run)
         raise
 
@@ -1020,7 +1027,7 @@ def parse(kind: type, argv: Sequence[str] | None, **about) -> Any:
 
 
 def rules_of(f: Any, value: Any) -> list[tuple[bool, str]]:
-    """Return what the declaration of a setting asks of its value: (whether it is so, what would be right)."""
+    """Return a pair for each rule of a setting: (whether its value is valid, which values are)."""
     rules, values = f.metadata["rules"], value if isinstance(value, list) else [value]
     choices = rules.get("choices", values)
     choices = choices() if callable(choices) else choices
@@ -1040,7 +1047,7 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
-    """Return the rule that --out holds no run or model yet; a run that took no step left only two files."""
+    """Return the rule that --out holds no run or model; config.json and setup.txt alone are of a run without a step."""
     out = Path(cfg.out)
     there = {file.name for file in out.iterdir()} - {"config.json", "setup.txt"} if out.is_dir() else set()
     taken = out.is_file() or "config.json" in os.listdir(out) and there if out.exists() else False
@@ -1051,6 +1058,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
     usage = "accelerate launch virft.py --task TASK --data DIR --model NAME [flags]"
     cfg = parse(Config, argv, usage=usage, description="ViRFT: GRPO for vision-language models with verifiable rewards")
+    for flag, module in (("save_every", "checkpoints"), ("eval_every", "evaluate")):
+        if getattr(cfg, flag):
+            extra(module, f"--{flag}")  # now, not at the step that needs it
     evaluates = cfg.eval_only or cfg.ask
     unfinished = cfg.eval_only and extra("evaluate", "--eval_only").unfinished(Path(cfg.out), asdict(cfg))
     obey(cfg, [

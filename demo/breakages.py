@@ -86,6 +86,7 @@ def train(settings: dict, breakage: Breakage, folder: Path, seed: int) -> Path:
     }
     record = run / "trained.json"
     if not record.exists() or json.loads(record.read_text()) != trained:
+        shutil.rmtree(run, ignore_errors=True)
         subprocess.run([sys.executable, script, *argv], check=True)
         if not (run / "model").exists():
             raise SystemExit(f"{run}: training was stopped; the same command trains it again")

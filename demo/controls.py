@@ -78,10 +78,15 @@ def shuffled_training(arguments: list[str]) -> None:
     virft.group_advantages = plain
 
 
-def flags(settings: dict, **changes) -> list[str]:
-    """Return the command line of a run's config.json with changes; delete the output folder of an earlier run."""
-    argv = []
+def run(settings: dict, **changes) -> None:
+    """Train or evaluate as config.json says, with changes; delete the output folder of an earlier run."""
     shutil.rmtree(changes["out"], ignore_errors=True)
+    virft.main(flags(settings, **changes))
+
+
+def flags(settings: dict, **changes) -> list[str]:
+    """Return the command line of a run's config.json with changes."""
+    argv = []
     for name, value in (settings | changes).items():
         if value is not None and value != []:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -108,11 +113,12 @@ def main() -> None:
         if not link.exists():
             link.symlink_to(os.path.relpath(target, link.parent))
     held_out_data = {"data": out / "data", "out": out / "shuffled/after", "model": out / "shuffled/model"}
+    shutil.rmtree(out / "shuffled", ignore_errors=True)
     shuffled_training(flags(settings, out=out / "shuffled", seed=args.seed))
     # As in run.sh; an empty list stands for all rewards of the task.
     evaluation = {"eval_only": True, "prompts_per_step": 64, "negatives": 0.1, "rewards": []}
-    virft.main(flags(settings, **held_out_data, **evaluation))
-    virft.main(flags(settings, data=fit, out=out / "fit", eval_limit=600, **evaluation))
+    run(settings, **held_out_data, **evaluation)
+    run(settings, data=fit, out=out / "fit", eval_limit=600, **evaluation)
     training, held_out = read_predictions(out / "fit"), read_predictions(out / "before")
     factor, fitted = best_uniform_resize(training), best_per_category(training)
 

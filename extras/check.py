@@ -30,9 +30,9 @@ def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
 
     per_prompt: number of completions per prompt; what: the word for them; notes: lines to print after the first prompt.
     """
-    lines, prompt = description(run, per_prompt, what)
+    (lines, prompt), say = description(run, per_prompt, what), run.accelerator.print
     more = [f"... {len(prompt) - PROMPT_LINES} lines more in setup.txt"] if len(prompt) > PROMPT_LINES else []
-    run.accelerator.print("\n".join([*lines, *prompt[:PROMPT_LINES], *more, *notes]))
+    say("\n".join([*lines, *prompt[:PROMPT_LINES], *more, *notes]))
     if run.main:
         settings = [f"  {name} = {value!r}" for name, value in asdict(run.cfg).items()]
         (Path(run.cfg.out) / "setup.txt").write_text("\n".join([*settings, *lines, *prompt, *notes]) + "\n")
@@ -178,7 +178,7 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
 
     rollout, micro_batches: the functions of virft.py.
     """
-    cfg, prompts, task = run.cfg, run.prompts, run.prompts.task
+    cfg, prompts, task, say = run.cfg, run.prompts, run.prompts.task, run.accelerator.print
     order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))
     chosen = data.whole([prompts[slot, index] for slot, index in enumerate(order)])
     size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)
@@ -199,12 +199,13 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
         draw_answer(task, chosen[0], first.texts[0], picture)
     found = doubts(facts, coordinates)
     lines, first_prompt = description(run, cfg.group_size, "completions")
-    run.accelerator.print("\n".join([*lines, *first_prompt]))
-    run.accelerator.print(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
-    run.accelerator.print("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
-    run.accelerator.print("answers to the first question:\n" + "\n".join(f"  {text!r}" for text in first.texts[: cfg.group_size]))
-    run.accelerator.print("\n".join(f"LOOKS WRONG: {doubt}" for doubt in found) or "nothing looks wrong")
-    run.accelerator.print(f"the first answer is drawn in {picture}; nothing was trained")
+    say("\n".join([*lines, *first_prompt]))
+    say(f"\n{len(chosen)} examples, {cfg.group_size} answers to each; coordinates in force: {coordinates}")
+    say("\n".join(f"  {name:46s} {value:8.3f}" for name, value in facts.items()))
+    answers = "\n".join(f"  {text!r}" for text in first.texts[: cfg.group_size])
+    say(f"answers to the first question:\n{answers}")
+    say("\n".join(f"LOOKS WRONG: {doubt}" for doubt in found) or "nothing looks wrong")
+    say(f"the first answer is drawn in {picture}; nothing was trained")
 
 
 # ------------------------------------------------------------------------------------------------

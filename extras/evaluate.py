@@ -342,7 +342,7 @@ def evaluate(
 
     With --eval_only, keep the answers that an interrupted evaluation left in `out`.
     """
-    cfg, accelerator, task = run.cfg, run.accelerator, run.prompts.task
+    cfg, accelerator, task, say = run.cfg, run.accelerator, run.prompts.task, run.accelerator.print
     kept = []
     if run.main:
         if not cfg.eval_only:
@@ -351,27 +351,28 @@ def evaluate(
     (kept,) = broadcast_object_list([kept])
     out.mkdir(parents=True, exist_ok=True)
     if kept:
-        run.accelerator.print(f"continuing with {len(kept)} of {len(examples)} answers from {out}")
+        say(f"continuing with {len(kept)} of {len(examples)} answers from {out}")
     left = sorted(set(range(len(examples))) - {record["row"] for record in kept})
     mine, size = left[accelerator.process_index :: accelerator.num_processes], cfg.prompts_per_step
     batches = [[(i, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
     loader = DataLoader(run.prompts.of(examples), batch_sampler=batches, collate_fn=list, num_workers=cfg.workers)
     records, bar = [], tqdm(loader, desc="evaluate", disable=not run.main, dynamic_ncols=True)
-    for prompts in bar:
-        if cfg.skip_bad_images:
-            prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
-        batch = []
-        for prompt, text in zip(prompts, answer(run, whole(prompts)) if prompts else []):
-            parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
-            batch.append({"row": prompt.slot} | record(task, prompt.example, prompt.target, text, parts))
-        append_rows(own_predictions(out, accelerator.process_index), batch)
-        records += batch
+    with run.gathered():  # here, because processes may have unequal numbers of batches
+        for prompts in bar:
+            if cfg.skip_bad_images:
+                prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
+            batch = []
+            for prompt, text in zip(prompts, answer(run, whole(prompts)) if prompts else []):
+                parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
+                batch.append({"row": prompt.slot} | record(task, prompt.example, prompt.target, text, parts))
+            append_rows(own_predictions(out, accelerator.process_index), batch)
+            records += batch
     records = sorted([*kept, *gather_object(records)], key=lambda record: record["row"])
     overall, each = scores(records, task)
     protocol = protocol_of(task, cfg.eval_categories)
     if run.main:
         write_evaluation(out, task, protocol, records, overall, each, examples)
     if len(records) < len(examples):
-        run.accelerator.print(f"{len(examples) - len(records)} examples were skipped: their images do not open")
-    run.accelerator.print(f"{report(overall, each, len(records), protocol)}\npredictions, results and pictures in {out}")
+        say(f"{len(examples) - len(records)} examples were skipped: their images do not open")
+    say(f"{report(overall, each, len(records), protocol)}\npredictions, results and pictures in {out}")
     return overall

@@ -6,6 +6,7 @@ test_readme.py runs it as it stands. Rewards come first, without torch; `--rewar
 """
 
 import ast
+import functools
 import importlib
 import math
 import sys
@@ -31,6 +32,7 @@ PARTS = {  # README's table: part -> names of virft.py, in an order in which the
 }  # fmt: skip
 
 
+@functools.cache
 def definitions(file: Path) -> dict[str, str]:
     """Functions, classes and constants of a module: name -> source."""
     text = file.read_text(encoding="utf-8")

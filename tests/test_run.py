@@ -236,7 +236,8 @@ def test_the_model_is_saved_before_anything_is_drawn(llava_dir, shapes_dir, tmp_
 def test_a_model_that_was_being_replaced_is_not_lost(llava_dir, tmp_path):
     """Killed between its two renames, save_model had moved the earlier model aside; then the next save fails."""
     shutil.copytree(llava_dir, tmp_path / "model.old")
-    run = SimpleNamespace(cfg=SimpleNamespace(out=tmp_path, model=str(llava_dir)), main=True, adapters=None, model=None)
+    settings = SimpleNamespace(out=tmp_path, model=str(llava_dir), shard=False)
+    run = SimpleNamespace(cfg=settings, main=True, adapters=None, model=None)
     with pytest.raises(AttributeError):
         virft.save_model(run)
     AutoModelForImageTextToText.from_pretrained(tmp_path / "model")

@@ -749,7 +749,7 @@ def test_every_task_trains_and_evaluates(task, dataset, llava_dir, tmp_path, sig
         name_as(Path(source), split[1])
         selected["categories"] = split[1]
     metrics = run_main(f"{command} --eval_every 2 --eval_limit 3", llava_dir, out)
-    assert len(metrics) == 2 and {f"reward_{name}" for name in TASKS[task].rewards} <= metrics[0].keys()
+    assert len(metrics) == 2 and {f"reward/{name}" for name in TASKS[task].rewards} <= metrics[0].keys()
     scores = json.loads((out / "eval_000002" / "scores.json").read_text())
     assert (
         scores["answers"] == min(3, len(data.load_examples(TASKS[task], source, "val", **selected)[0]))
