@@ -325,9 +325,9 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     """Return A = (r - mean) / (std + 1e-4) within each group; rewards and result [B, G]. Visual-RFT eq. 2.
 
     The group is its own baseline, so there is no value network. ddof 1 (torch's default) and 1e-4 are the released
-    code's; 1e-4 avoids 0 / 0 and shrinks A where rewards hardly differ. A group of equal rewards gets 0 and stays in the
-    batch: it still counts in the mean and has its KL term, and all processes take the same steps. Dividing by std gives
-    very easy and very hard prompts more weight; scale=False turns it off (Dr. GRPO, arXiv 2503.20783).
+    code's; 1e-4 avoids 0 / 0 and shrinks A where rewards hardly differ. A group of equal rewards gets 0 and stays in
+    the batch: it still counts in the mean and has its KL term, and all processes take the same steps. Dividing by std
+    gives very easy and very hard prompts more weight; scale=False turns it off (Dr. GRPO, arXiv 2503.20783).
     """
     centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
