@@ -89,7 +89,7 @@ class Config:
     categories: str | None = setting(None, f"names with commas, or base65, {', '.join(CATEGORY_SPLITS)}", "Examples")
     shots: int | None = setting(None, "training images per category (few-shot), chosen by seed", least=1)
     negatives: float = setting(0.0, "share of examples that ask for an absent category", least=0, below=1)
-    max_boxes: int | None = setting(None, "leave out training examples with more boxes than this; default: none")
+    max_boxes: int | None = setting(None, "leave out training examples with more boxes than this")
     skip_bad_images: bool = setting(False, "leave out and count images that are missing, broken or wrongly annotated")
     max_pixels: int = setting(401408, "largest image in pixels (401408 = 512 patches of 28 x 28)", least=MIN_PIXELS)
     coordinates: str = setting("auto", "coordinates of the model; relative: 0..1000", choices=("auto", *CONVENTIONS))
@@ -101,7 +101,7 @@ class Config:
     group_size: int = setting(8, "completions per prompt, G; they are compared with each other", least=2)
     max_completion_tokens: int = setting(512, "maximum tokens of a completion; longer ones are truncated", least=2)
     temperature: float = setting(1.0, "temperature of sampler and scorer alike", above=0)
-    loss: str = setting("grpo", "mean over what: grpo, dr_grpo, dapo", choices=lambda: NORMALIZATIONS)
+    loss: str = setting("grpo", "mean over tokens of: a completion, the limit, all", choices=lambda: NORMALIZATIONS)
     scale_advantages: str = setting("auto", "divide by std; auto: not in dr_grpo", choices=("auto", "true", "false"))
     clip: list[float] = setting([0.2, 0.2], "epsilon: how far the ratio may fall below and rise above 1", least=0)
     beta: float = setting(0.04, "weight of the KL to the reference model; 0 loads no reference", least=0)
@@ -110,7 +110,7 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
-    micro_batch: int = setting(0, "completions per pass: part of a group or whole groups; 0: one group", least=0)
+    micro_batch: int = setting(0, "completions per pass, above G rounded down to whole groups; 0: one group", least=0)
     lr: float = setting(1e-6, "peak learning rate, decaying linearly to 0", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
@@ -128,7 +128,7 @@ class Config:
     eval_only: bool = setting(False, "evaluate --model on the validation split and stop")
     eval_every: int = setting(0, "steps between evaluations; 0: none", least=0)
     eval_limit: int | None = setting(None, "evaluate on this many examples, chosen by seed; default: all", least=1)
-    eval_categories: str = setting("gt", "asked per image: gt (what it shows), ...", choices=("gt", "all", "listed"))
+    eval_categories: str = setting("gt", "asked per image; gt: what it shows", choices=("gt", "all", "listed"))
     report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
 
 
@@ -142,7 +142,8 @@ PICTURE_EVERY = 50  # steps between two pictures of a training answer
 # ================================================================================================
 # The algorithm, in the order in which it happens.
 #
-# Each prompt is encoded once. How model families differ is read from the model and its cache, not from names.
+# Each pass encodes a prompt once for all its completions. Differences between model families are detected from
+# attributes of the model and its cache, never from the model's name.
 
 
 class Prefix(NamedTuple):
@@ -176,7 +177,7 @@ def fork(prefix: Prefix, rows: Tensor) -> Prefix:
 
     Copying keys and values once per completion is cheap; repeating prompts would cost G vision towers and G * P tokens.
     Indexing is differentiable: the gradients of all copies add up in the one prompt. Shallow copies of cache and layers
-    are safe, because `reorder_cache` gives them new tensors and appending never writes into the old ones.
+    are safe, because `reorder_cache` gives them new tensors, so that appending leaves the original as it is.
     """
     cache = copy.copy(prefix.cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
@@ -215,8 +216,8 @@ def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> T
 def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
     """Draw uniform numbers in [0, 1), [B * G, max_tokens] float64, from one generator per prompt.
 
-    Drawn on the CPU and keyed by prompt, they do not depend on batch, process or device, and neither do the completions
-    but for rounding. torch.multinomial would depend on all three.
+    The numbers are drawn on the CPU from a seed per prompt, so they do not depend on batch, process or device, as those
+    of torch.multinomial would. Completions then differ only where rounding does.
     """
     seeds = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") for key in keys]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -237,17 +238,19 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     """Return which keys the token at `column` attends to, [N, 1, 1, keys]; a dict by layer type if there are several.
 
     mask [N, P + max_tokens]: True for prompt tokens that are not padding and for tokens sampled so far. transformers
-    uses a 4D mask unchanged; from a 2D mask it would build one per token, which synchronizes with the GPU.
+    uses a 4D mask as it is. Given a 2D mask, it would build a 4D mask at every token, which synchronizes with the GPU.
     """
     text = model.config.get_text_config()
     kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None) or 2**31
     # A sliding layer has cached its last keys only, so its mask is cut on the left.
     keys = min(layer.keys.shape[-2] for layer in cache.layers if isinstance(layer, StaticLayer))
     near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, -keys:]
-    masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}
+    masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}  # others: KeyError
     if text._attn_implementation == "eager":  # eager attention adds the mask to the scores, sdpa takes booleans
         masks = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in masks.items()}
-    by_kind = {kind: masks.get(kind) for kind in kinds or {"sliding_attention"}}  # linear attention has none
+    masks["linear_attention"] = None
+    # Without layer types all layers are alike; without a window the sliding mask is the full one.
+    by_kind = {kind: masks[kind] for kind in kinds or {"sliding_attention"}}
     return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
 
@@ -271,6 +274,7 @@ def sample(
     prompts = prefill(model, inputs)
     reserve(model, prompts.cache, max_tokens)
     prefix = fork(prompts._replace(mask=F.pad(prompts.mask.bool(), (0, max_tokens))), rows // group_size)
+    del prompts  # and its B rows of cache
 
     def draw() -> Tensor:
         logp = log_distribution(prefix.logits, temperature, forbidden)
@@ -340,8 +344,8 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
     """Return log pi of the chosen tokens and the entropy they were chosen from (no gradient), both [N, C] float32.
 
     logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits and
-    recomputed in the backward pass. Stored for a whole group, it would take more memory than the rest of the graph
-    (V = 150,000). Layers are not recomputed: chunks (`two_stage_backward`) bound what they store.
+    recomputed in the backward pass: stored, it would take several times 4 V bytes a token (V = 150,000). Layers are not
+    recomputed: chunks (`two_stage_backward`) bound what they store.
     """
 
     def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -358,10 +362,10 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
 
 
 def completion_logps(
-    model: nn.Module, prompts: Prefix, rows: Tensor, ids: Tensor, temperature: float, forbidden: Tensor
+    model: nn.Module, prompts: Any, rows: Tensor, ids: Tensor, temperature: float, forbidden: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return log pi_theta(o_t | q, o_<t) and entropy, both [n, C], of ids [n, C]; row i continues prompt rows[i]."""
-    if not isinstance(prompts, Prefix):  # linear attention: the prompt is repeated for each of all completions
+    if not isinstance(prompts, Prefix):  # linear attention: `Run.chunks` makes one chunk, so ids are all completions
         return token_logps(prompts.logits(model, ids), ids, temperature, forbidden)
     prefix = fork(prompts, rows)
     first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # the prompt predicts it
@@ -398,8 +402,9 @@ def two_stage_backward(
     Stage 1 encodes the prompts and replaces their logits, keys and values by detached tensors (leaves of autograd).
     Each chunk of completions runs forward, then backward, before the next one starts; gradients add up in the leaves.
     Stage 2 backpropagates the leaves' gradients through the prompts and their images. The result is the gradient of one
-    large graph, while memory holds the graphs of the prompts and of one chunk. Call it inside one autocast: each weight
-    is then cast once, and both stages backpropagate through that cast.
+    large graph, while memory holds the graphs of the prompts and of one chunk. Called inside one autocast, each weight
+    is cast once for all; backpropagating through that cast several times is fine, because a cast stores nothing.
+    The model is in eval mode here too: with dropout the scorer would not be the policy that sampled (`load_model`).
 
     ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
     """
@@ -432,7 +437,8 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     Value: never negative, and unbiased if the tokens come from pi_theta, so only in the first inner epoch; like GRPO
     we do not correct the later ones by rho. expm1 keeps the digits near d = 0. Gradient: its expectation is that of the
     KL with its arguments swapped, KL(pi_ref || pi_theta), which is also minimal at pi_theta = pi_ref. The term is
-    added to the loss as in GRPO; inside the reward, the group's normalization would rescale it.
+    added to the loss as in GRPO; inside the reward, the group's normalization would rescale it. pi_ref gets the same
+    temperature and forbidden ids as pi_theta: a KL compares distributions over the same tokens.
     """
     d = logp_ref - logp
     return torch.expm1(d) - d
@@ -461,8 +467,8 @@ def clipped_ratio(
     rho = torch.where(mask, logp - logp_old, 0.0).exp()  # masked before exp: on padding, inf * 0 would be NaN
     unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A  # -1: a single number serves both sides
     # If A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, the minimum is the clipped constant: gradient 0. Otherwise
-    # it is rho A, so a move in the bad direction is always corrected. Where both are equal, as at rho = 1, torch takes
-    # half of each gradient, and the clip passes its half: together that of rho A.
+    # it is rho A, so a move in the bad direction is always corrected. Where both are equal, as at rho = 1,
+    # `minimum` gives half of the gradient to each argument; within the clip range both reach rho: that of rho A.
     loss = -torch.minimum(unclipped, clipped)
     return loss, clipped < unclipped
 
@@ -537,7 +543,7 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
     parts = {
-        name: torch.tensor([reward(text, prompts[i // G].solution) for i, text in enumerate(texts)]).view(-1, G)
+        name: torch.tensor([float(reward(text, prompts[i // G].solution)) for i, text in enumerate(texts)]).view(-1, G)
         for name, (reward, _) in run.rewards.items()
     }
     rewards = sum(weight * parts[name] for name, (_, weight) in run.rewards.items())
@@ -569,6 +575,7 @@ def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
 def update(run: "Run", ro: Rollout) -> "Averages":
     """Take `inner_epochs` optimizer steps on one rollout (5 to 7) and return the metrics of the step.
 
+    One optimizer step uses the whole rollout, so that with one inner epoch every gradient is on-policy.
     The loss is a sum over tokens divided by a number that is known before the first forward pass, so each chunk can be
     backpropagated alone. Every process divides by the divisor of all, therefore gradients are summed, not averaged.
     """
@@ -626,7 +633,7 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
         norm = float(norm.full_tensor() if run.cfg.shard else norm)
         finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
         if finite:
-            run.whole = False  # until `write` has recorded the step: an error meanwhile saves no checkpoint
+            run.whole = False  # until `write` has recorded the step: an error meanwhile saves OUT/model, no checkpoint
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     metrics.add("grad_norm", norm if finite else 0.0, finite)
@@ -636,7 +643,9 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
 def exchange_gradients(parameters: list[nn.Parameter]) -> None:
     """All-reduce the sum of every gradient, once per optimizer step. Beside the divisor, data parallelism is just this.
 
-    The processes load the same weights and take the same steps, so they stay equal.
+    DDP would exchange after each of the many backward passes, and average. The processes load the same weights and take
+    the same steps, so they stay equal. They first agree on which gradients exist, because a process that left out a
+    call would make the others wait; one may lack the vision tower's if its prompts have no image.
     A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The calls
     are asynchronous and tensor by tensor: flattened into one tensor the gradients would be in memory twice.
     """
