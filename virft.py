@@ -27,7 +27,7 @@ This file trains with rewards.py and data.py alone. Optional features are in ext
 `extra("shards", "--shard")` raises if the folder extras is missing, `extra("report")` then returns None.
 
 To add a reward: REWARDS in rewards.py. A task: TASKS in data.py. A normalization: NORMALIZATIONS. A ratio: RATIOS.
-A metric: `rollout_metrics` or `update`. A setting: Config.
+A metric: `rollout_metrics` or `update`. A setting: Config, and mia_dpo.TrainConfig if DPO reads it too.
 
 Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary, and
 N = B * G rows in this order: prompt 0 completion 0, prompt 0 completion 1, ...
@@ -579,7 +579,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
     The loss is a sum over tokens divided by a number that is known before the first forward pass, so each chunk can be
     backpropagated alone. Every process divides by the divisor of all, therefore gradients are summed, not averaged.
     """
-    cfg, metrics = run.cfg, rollout_metrics(run, ro)
+    cfg, metrics = run.cfg, Averages()
     batches, own_divisor = micro_batches(run, ro)
     divisor = run.accelerator.reduce(own_divisor.float(), "sum").clamp(min=1)  # 0 if every completion is masked
     for epoch in range(cfg.inner_epochs):
@@ -602,20 +602,23 @@ def update(run: "Run", ro: Rollout) -> "Averages":
             run.backward(batch, loss_of)
         metrics.add("loss", 0, own_divisor)
         optimizer_step(run, metrics)
+    for name, value in rollout_metrics(run, ro).items():
+        metrics.put(name, *value)
     return metrics
 
 
 def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
     """Return the metrics of what was sampled; `update` adds those of the loss."""
-    lengths, (B, G) = ro.mask.sum(1), ro.rewards.shape
-    per_completion = {"reward": ro.rewards, "completion_tokens": lengths, "truncated": ro.truncated}
-    per_completion |= {f"reward/{name}": values for name, values in ro.parts.items()}
+    lengths, N = ro.mask.sum(1), len(ro.texts)
     same = (ro.rewards == ro.rewards[:, :1]).all(1)  # advantages 0: nothing to learn but the KL term
+    values = [("reward", ro.rewards), *((f"reward/{name}", part) for name, part in ro.parts.items())]
+    values += [("reward_std", ro.rewards.std(1)), ("zero_variance_groups", same)]  # per group
+    values += [("completion_tokens", lengths), ("truncated", ro.truncated)]
     metrics = Averages()
-    for name, values in (per_completion | {"reward_std": ro.rewards.std(1), "zero_variance_groups": same}).items():
-        metrics.put(name, values.sum(), values.numel())
+    for name, value in values:
+        metrics.put(name, value.sum(), value.numel())
     for name, share in data.answer_shares(ro.texts, run.prompts.task.parse).items():
-        metrics.put(name, share * B * G, B * G)
+        metrics.put(name, share * N, N)
     metrics.put("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds["sample"])
     return metrics
 
@@ -950,13 +953,14 @@ def due(step: int, every: int) -> bool:
 
 def write(run: Run, step: int, metrics: Averages, rows: list[dict], shown: Sequence[str]) -> None:
     """Append the step to metrics.jsonl, rollouts.jsonl and the trackers; from here on it is taken."""
+    metrics.put("step", step)
+    metrics.put("lr", run.optimizer.param_groups[0]["lr"])
     for phase, seconds in run.seconds.items():
         metrics.put(f"seconds/{phase}", seconds)
-    row = {"lr": run.optimizer.param_groups[0]["lr"], **metrics.reduce(run.accelerator)}
-    rows = gather_object(rows)
+    row, rows = metrics.reduce(run.accelerator) | {"step": step}, gather_object(rows)  # an integer again
     if run.main:
         data.append_rows(Path(run.cfg.out) / "rollouts.jsonl", rows)
-        data.append_rows(Path(run.cfg.out) / "metrics.jsonl", [{"step": step} | row])
+        data.append_rows(Path(run.cfg.out) / "metrics.jsonl", [row])
     run.accelerator.log(row, step=step)
     run.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
     run.done, run.whole = step, True

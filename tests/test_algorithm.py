@@ -320,6 +320,21 @@ def test_every_parameter_with_a_path_to_the_loss_changes_and_the_others_do_not(m
     assert unchanged == {"model.vision_tower.post_layernorm.weight", "model.vision_tower.post_layernorm.bias"}
 
 
+@pytest.mark.parametrize("name", ["reward", "reward_std", "parsed", "kl", "loss"])
+def test_a_metric_whose_name_is_taken_is_an_error(make_run, monkeypatch, name):
+    """A new metric must not be added into another one: neither among those of the rollout nor those of the loss."""
+    run, plain = make_run(), virft.rollout_metrics
+
+    def more(run, ro):
+        metrics = plain(run, ro)
+        metrics.put(name, 1.0)
+        return metrics
+
+    monkeypatch.setattr(virft, "rollout_metrics", more)
+    with pytest.raises(ValueError, match=f"two metrics are called {name}"):
+        step(run)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_updates_nothing_and_is_counted(make_run, poison):
     """[18]"""

@@ -207,8 +207,8 @@ def test_grounding_iou():
 def test_the_protocol_stands_beside_every_score(task):
     for asked in evaluate.ASKED:
         stated = evaluate.protocol_of(task, asked)
-        assert ("--eval_categories" in stated) == (task.metric == "detection") and task.caveat in stated
-        assert f"--eval_categories {asked}" in stated or task.metric != "detection"
+        assert ("--eval_categories" in stated) == (task.asks_for == "categories") and task.caveat in stated
+        assert f"--eval_categories {asked}" in stated or task.asks_for != "categories"
     overall = {"accuracy": 0.5, "parsed": 0.25}
     each = {f"class {i}": {"accuracy": 0.125, "parsed": 0.5, "answers": 2} for i in range(30)}
     text = evaluate.report(overall, each, 60, stated)
