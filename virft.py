@@ -15,7 +15,8 @@ Train a vision-language model with GRPO (arXiv 2402.03300) on rewards that a pro
 What differs from the paper and its released code, and why:
 
   - A prompt and its image are encoded once per group, not G times, in sampling, in the reference pass and in
-    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies.
+    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies. Only scoring and
+    training of models with linear attention repeat it, because gradients do not pass through their cache.
   - The sampling loop is our own. `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1, which gives
     G identical answers), and sampler and scorer must be one distribution.
 
@@ -101,7 +102,7 @@ class Config:
     group_size: int = setting(8, "completions per prompt, G; they are compared with each other", least=2)
     max_completion_tokens: int = setting(512, "maximum tokens of a completion; longer ones are truncated", least=2)
     temperature: float = setting(1.0, "temperature of sampler and scorer alike", above=0)
-    loss: str = setting("grpo", "mean over tokens of: a completion, the limit, all", choices=lambda: NORMALIZATIONS)
+    loss: str = setting("grpo", "how token losses are averaged", choices=lambda: NORMALIZATIONS)
     scale_advantages: str = setting("auto", "divide by std; auto: not in dr_grpo", choices=("auto", "true", "false"))
     clip: list[float] = setting([0.2, 0.2], "epsilon: how far the ratio may fall below and rise above 1", least=0)
     beta: float = setting(0.04, "weight of the KL to the reference model; 0 loads no reference", least=0)
@@ -110,8 +111,8 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
-    micro_batch: int = setting(0, "completions per pass, above G rounded down to whole groups; 0: one group", least=0)
-    lr: float = setting(1e-6, "peak learning rate, decaying linearly to 0", above=0)
+    micro_batch: int = setting(0, "completions per training pass; above G a multiple of G; 0 means G", least=0)
+    lr: float = setting(1e-6, "learning rate, decaying linearly to 0", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
 
@@ -128,13 +129,13 @@ class Config:
     eval_only: bool = setting(False, "evaluate --model on the validation split and stop")
     eval_every: int = setting(0, "steps between evaluations; 0: none", least=0)
     eval_limit: int | None = setting(None, "evaluate on this many examples, chosen by seed; default: all", least=1)
-    eval_categories: str = setting("gt", "asked per image; gt: what it shows", choices=("gt", "all", "listed"))
+    eval_categories: str = setting("gt", "categories asked for per image", choices=("gt", "all", "listed"))
     report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
 
 
 FLOAT32_BLOCK = 2**25  # logits that are float32 at once: 128 MiB
 LOOK_EVERY = 16  # tokens after which the sampler checks which rows have ended; each check synchronizes with the GPU
-MAX_GRAD_NORM = 1.0  # the paper's; rewards are bounded, so a larger gradient is an outlier
+MAX_GRAD_NORM = 1.0  # the paper's
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # the paper's
 PICTURE_EVERY = 50  # steps between two pictures of a training answer
 
@@ -160,7 +161,7 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     """Run B left-padded prompts and their images through the model, once for all their completions."""
     mask = inputs["attention_mask"]  # [B, P]
     # Positions must not count padding. Models with three rotary axes (Qwen-VL, GLM-V) compute theirs from mask and
-    # image grids; rope_deltas is next position - number of tokens, negative because an image has fewer positions.
+    # image grids. rope_deltas is (next position) minus (number of tokens): an image has fewer positions than tokens.
     rope = next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
     positions = {} if rope else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     out = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
@@ -202,8 +203,9 @@ def branch(model: nn.Module, prefix: Prefix, ids: Tensor) -> Tensor:
 def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
     """Return log pi(token | everything before), [..., V], in float32: the one distribution that is sampled and scored.
 
-    No top-k, no top-p. `forbidden` ids are image placeholders: a sampled one would be treated as an image. The scorer
-    excludes them too, so that it scores the distribution that was sampled.
+    No top-k, no top-p: the scorer would have to leave out the same tokens at every position. `forbidden` ids are image
+    placeholders: a sampled one would be treated as an image. The scorer excludes them too, so that it scores the
+    distribution that was sampled.
     """
     logits = logits.float() / temperature  # a new tensor, so writing below is safe; bf16 keeps only 2 to 3 digits
     logits[..., forbidden] = -torch.inf
@@ -249,7 +251,7 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     if text._attn_implementation == "eager":  # eager attention adds the mask to the scores, sdpa takes booleans
         masks = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in masks.items()}
     masks["linear_attention"] = None
-    # Without layer types all layers are alike; without a window the sliding mask is the full one.
+    # A config without layer types has one kind of layer. The sliding mask serves: without a window it is the full one.
     by_kind = {kind: masks[kind] for kind in kinds or {"sliding_attention"}}
     return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
@@ -282,8 +284,8 @@ def sample(
             token = logp.argmax(-1)
         else:
             # Take the first token whose cumulative probability exceeds the noise. In float64: a float32 sum over
-            # 150,000 tokens rounds rare ones away. Times the last sum, which is 1 but for rounding, so that the index
-            # stays below V; right=True, or noise 0 could draw a token of probability 0.
+            # 150,000 tokens rounds rare ones away. The noise is scaled by the last sum (1 up to rounding), so the index
+            # is always below V. Without right=True, noise 0 could draw a token of probability 0.
             cdf = logp.double().exp().cumsum(-1)
             token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
         token = torch.where(ended[rows], eos[0], token)
@@ -330,8 +332,8 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 
     The group is its own baseline, so there is no value network. ddof 1 (torch's default) and 1e-4 are the released
     code's; 1e-4 avoids 0 / 0 and shrinks A where rewards hardly differ. A group of equal rewards gets 0 and stays in
-    the batch: it still counts in the mean and has its KL term, and all processes take the same steps. Dividing by std
-    gives very easy and very hard prompts more weight; scale=False turns it off (Dr. GRPO, arXiv 2503.20783).
+    the batch: its completions count in the loss's mean and have a KL term, and all processes make as many passes.
+    Dividing by std gives very easy and very hard prompts more weight; scale=False turns it off (arXiv 2503.20783).
     """
     centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
@@ -402,8 +404,9 @@ def two_stage_backward(
     Stage 1 encodes the prompts and replaces their logits, keys and values by detached tensors (leaves of autograd).
     Each chunk of completions runs forward, then backward, before the next one starts; gradients add up in the leaves.
     Stage 2 backpropagates the leaves' gradients through the prompts and their images. The result is the gradient of one
-    large graph, while memory holds the graphs of the prompts and of one chunk. Called inside one autocast, each weight
-    is cast once for all; backpropagating through that cast several times is fine, because a cast stores nothing.
+    large graph, while memory holds the graphs of the prompts and of one chunk. Inside one autocast context
+    each weight is cast once and all chunks share the copy; several backward passes may go through that cast, because it
+    saves no tensors that the first would free.
     The model is in eval mode here too: with dropout the scorer would not be the policy that sampled (`load_model`).
 
     ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
@@ -468,7 +471,7 @@ def clipped_ratio(
     unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A  # -1: a single number serves both sides
     # If A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, the minimum is the clipped constant: gradient 0. Otherwise
     # it is rho A, so a move in the bad direction is always corrected. Where both are equal, as at rho = 1,
-    # `minimum` gives half of the gradient to each argument; within the clip range both reach rho: that of rho A.
+    # `minimum` gives half of the gradient to each argument; within the clip range both halves flow to rho and add up.
     loss = -torch.minimum(unclipped, clipped)
     return loss, clipped < unclipped
 
@@ -581,7 +584,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
     """
     cfg, metrics = run.cfg, Averages()
     batches, own_divisor = micro_batches(run, ro)
-    divisor = run.accelerator.reduce(own_divisor.float(), "sum").clamp(min=1)  # 0 if every completion is masked
+    divisor = run.accelerator.reduce(own_divisor.float(), "sum").clamp(min=1)  # not 0 / 0 if all are masked
     for epoch in range(cfg.inner_epochs):
         for batch in batches:
 
@@ -632,11 +635,12 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
         trained = [p for p in run.model.parameters() if p.requires_grad]
         if run.accelerator.num_processes > 1 and not run.cfg.shard:  # FSDP has summed its shards during backward
             exchange_gradients(trained)
-        norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)  # after the exchange: of the whole gradient
         norm = float(norm.full_tensor() if run.cfg.shard else norm)
         finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
         if finite:
-            run.whole = False  # until `write` has recorded the step: an error meanwhile saves OUT/model, no checkpoint
+            # Until `write` has recorded the step: an error meanwhile saves OUT/model; checkpoints are of whole steps.
+            run.whole = False
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     metrics.add("grad_norm", norm if finite else 0.0, finite)
@@ -744,7 +748,7 @@ class Run:
         return self.prompts.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def autocast(self):
-        """Compute in bf16 on GPUs. Weights stay float32; their bf16 copies are cached until the context ends."""
+        """Compute in bf16 on GPUs. Trained weights stay float32; bf16 copies are cached until the context ends."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
 
     def gathered(self):
