@@ -10,20 +10,20 @@ import json
 from types import SimpleNamespace
 from unittest import mock
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import SHARED, shared
+from families import FAMILIES, alone, batch, gradients, prompts, scored
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, StaticLayer
 
 import data
-import families
 import virft
-from conftest import SHARED, shared
 from extras import check, hub
-from families import FAMILIES, alone, batch, gradients, prompts, scored
 
 FORBIDDEN = torch.tensor([5, 17, *range(families.WORDS, families.TEXT["vocab_size"])])  # with all placeholders
 NEVER = torch.tensor([-1])  # as the EOS
@@ -173,32 +173,37 @@ class NoWaiting(TorchDispatchMode):
 def test_nothing_waits_and_no_memory_moves_between_two_looks(name, monkeypatch):
     """Tensor.item, tolist, cpu, numpy, bool and int raise while tokens are decoded; the cache keeps its storage."""
     model, inputs, places = families.model(name), batch(prompts(name)), set()
-    noise, fork = virft.sampling_noise(["a", "b"], G, 10), virft.fork
+    noise, fork, ended = virft.sampling_noise(["a", "b"], G, 10), virft.fork, virft.completion_mask
+    plain, watching, forks = model.forward, contextlib.ExitStack(), []
 
     def forbidden(*args, **kwargs):
         raise AssertionError("waits for the device")
 
-    def watched(prefix, rows):
-        forked = fork(prefix, rows)
-        plain = model.forward
+    def watched(prefix, rows):  # from the first token ...
+        forks.append(fork(prefix, rows))
+        for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
+            watching.enter_context(mock.patch.object(torch.Tensor, method, forbidden))
+        watching.enter_context(NoWaiting())
+        return forks[-1]
 
-        def forward(**more):
-            with contextlib.ExitStack() as stack:
-                for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__"):
-                    stack.enter_context(mock.patch.object(torch.Tensor, method, forbidden))
-                with NoWaiting():
-                    out = plain(**more)
-            growing = [layer for layer in forked.cache.layers if isinstance(layer, StaticLayer)]
+    def unwatched(*args):  # ... to the last, the draws and the masks included
+        watching.close()
+        return ended(*args)
+
+    def forward(**more):
+        out = plain(**more)
+        if forks:
+            growing = [layer for layer in forks[0].cache.layers if isinstance(layer, StaticLayer)]
             places.add(tuple(x.data_ptr() for layer in growing for x in (layer.keys, layer.values)))
             assert growing
-            return out
+        return out
 
-        monkeypatch.setattr(model, "forward", forward)
-        return forked
-
+    monkeypatch.setattr(model, "forward", forward)
     monkeypatch.setattr(virft, "fork", watched)
-    with torch.no_grad():
+    monkeypatch.setattr(virft, "completion_mask", unwatched)
+    with watching, torch.no_grad():
         virft.sample(model, inputs, G, noise, 10, NEVER, TEMPERATURE, FORBIDDEN)
+    assert len(forks) == 1
     assert len(places) == 1
 
 
