@@ -10,20 +10,20 @@ import json
 from types import SimpleNamespace
 from unittest import mock
 
-import families
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SHARED, shared
-from families import FAMILIES, alone, batch, gradients, prompts, scored
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, StaticLayer
 
 import data
+import families
 import virft
+from conftest import SHARED, shared
 from extras import check, hub
+from families import FAMILIES, alone, batch, gradients, prompts, scored
 
 FORBIDDEN = torch.tensor([5, 17, *range(families.WORDS, families.TEXT["vocab_size"])])  # with all placeholders
 NEVER = torch.tensor([-1])  # as the EOS
