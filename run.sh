@@ -134,7 +134,8 @@ case "${1:-demo}" in
     demo) shift || true; export HF_HUB_OFFLINE=1; demo "$@" ;;
     controls | breakages) export HF_HUB_OFFLINE=1; python "demo/$1.py" "${@:2}" ;;
     reproduce) shift; reproduce "$@" ;;
-    test) shift; HF_HUB_OFFLINE=1 python -m pytest "$@" ;;
+    # Two workers, each with whole files, whose fixtures are made once; -n 0 runs everything in one process.
+    test) shift; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" ;;
     --*) launch virft.py "$@" ;;
     *) sed -n '2,12p' run.sh | cut -c3-; exit 2 ;;
 esac

@@ -15,10 +15,10 @@ Train a vision-language model with GRPO (arXiv 2402.03300) on rewards that a pro
 What differs from the paper and its released code, and why:
 
   - A prompt and its image are encoded once per group, not G times, in sampling, in the reference pass and in
-    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies. Only scoring and
-    training of models with linear attention repeat it, because gradients do not pass through their cache.
+    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies. One exception: models
+    with linear attention repeat the prompt outside of sampling, because gradients do not pass through their cache.
   - The sampling loop is our own. `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1, which gives
-    G identical answers), and sampler and scorer must be one distribution.
+    G identical answers), and tokens must be drawn from the distribution whose log-probabilities are trained.
 
     accelerate launch virft.py --task coco                               # Qwen2-VL-2B on the released data
     accelerate launch virft.py --task coco --data DIR --model NAME       # COCO on disk
@@ -28,7 +28,7 @@ This file trains with rewards.py and data.py alone. Optional features are in ext
 `extra("shards", "--shard")` raises if the folder extras is missing, `extra("report")` then returns None.
 
 To add a reward: REWARDS in rewards.py. A task: TASKS in data.py. A normalization: NORMALIZATIONS. A ratio: RATIOS.
-A metric: `rollout_metrics` or `update`. A setting: Config, and mia_dpo.TrainConfig if DPO reads it too.
+A metric: `rollout_metrics` or `update`. A setting: Config; one that DPO reads too, also mia_dpo.TrainConfig.
 
 Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary, and
 N = B * G rows in this order: prompt 0 completion 0, prompt 0 completion 1, ...
@@ -111,7 +111,7 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
-    micro_batch: int = setting(0, "completions per training pass; above G a multiple of G; 0 means G", least=0)
+    micro_batch: int = setting(0, "completions per training pass; 0: G; beyond G only whole groups count", least=0)
     lr: float = setting(1e-6, "learning rate, decaying linearly to 0", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
@@ -168,7 +168,8 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     position = mask.sum(1, keepdim=True)  # of the next token
     if rope:
         position = (position + rope.rope_deltas).expand(3, -1, -1)  # text has the same position on all axes
-    # Mllama's cross_attention_mask [B, P, images, tiles]: a completion attends to the images of the last prompt token.
+    # Mllama's cross_attention_mask [B, P, images, tiles], the one input with more than a number per prompt token: a
+    # completion attends to the images of the last one.
     cross_masks = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
     return Prefix(out.past_key_values, out.logits[:, -1], mask, position, cross_masks)
 
@@ -219,7 +220,7 @@ def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
     """Draw uniform numbers in [0, 1), [B * G, max_tokens] float64, from one generator per prompt.
 
     The numbers are drawn on the CPU from a seed per prompt, so they do not depend on batch, process or device, as those
-    of torch.multinomial would. Completions then differ only where rounding does.
+    of torch.multinomial would. What still can change a completion is how the logits are rounded.
     """
     seeds = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") for key in keys]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -227,7 +228,7 @@ def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
 
 
 def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
-    """Replace the cache layers that grow by static ones with room for `tokens` more, whose memory stays in place."""
+    """Turn each cache layer that grows into a static one with room for `tokens` more, whose memory stays in place."""
     # Layers of cross attention store images and do not grow.
     crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
     for i, layer in enumerate(cache.layers):
@@ -247,11 +248,11 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     # A sliding layer has cached its last keys only, so its mask is cut on the left.
     keys = min(layer.keys.shape[-2] for layer in cache.layers if isinstance(layer, StaticLayer))
     near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, -keys:]
-    masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}  # others: KeyError
+    masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}  # others: not known
     if text._attn_implementation == "eager":  # eager attention adds the mask to the scores, sdpa takes booleans
         masks = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in masks.items()}
     masks["linear_attention"] = None
-    # A config without layer types has one kind of layer. The sliding mask serves: without a window it is the full one.
+    # A config without layer types has one kind of layer, whose mask is `near`: without a window it equals `mask`.
     by_kind = {kind: masks[kind] for kind in kinds or {"sliding_attention"}}
     return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
@@ -265,7 +266,7 @@ def sample(
     noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its
     first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
     more: dropping copies the cache of all others, so it has to pay. In between, shapes are constant, nothing
-    synchronizes with the GPU, and all changes are in place: a step can be recorded once and replayed (CUDA graphs).
+    synchronizes with the GPU, and all changes are in place, which is what CUDA graphs ask for.
     """
     B, P = inputs["input_ids"].shape
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
@@ -274,7 +275,7 @@ def sample(
     ended = torch.zeros_like(rows, dtype=torch.bool)
     t = torch.zeros(1, dtype=torch.long, device=eos.device)  # tokens sampled so far
     prompts = prefill(model, inputs)
-    reserve(model, prompts.cache, max_tokens)
+    reserve(model, prompts.cache, max_tokens)  # before `fork`: it copies B rows, not N
     prefix = fork(prompts._replace(mask=F.pad(prompts.mask.bool(), (0, max_tokens))), rows // group_size)
     del prompts  # and its B rows of cache
 
@@ -313,7 +314,7 @@ def sample(
                 prefix, rows = fork(prefix, going), rows[going]
     else:
         draw()
-    # At least two columns: scoring feeds all tokens but the last, and the processes of --shard must all make that call.
+    # At least two columns: `branch` is fed all tokens but the last, and with --shard every process must call it.
     C = max(2, int(completion_mask(ids, eos).sum(1).max()))
     return ids[:, :C], logps[:, :C]
 
@@ -332,7 +333,7 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 
     The group is its own baseline, so there is no value network. ddof 1 (torch's default) and 1e-4 are the released
     code's; 1e-4 avoids 0 / 0 and shrinks A where rewards hardly differ. A group of equal rewards gets 0 and stays in
-    the batch: its completions count in the loss's mean and have a KL term, and all processes make as many passes.
+    the batch: its completions count in the loss's mean and have a KL term, and no process makes fewer passes.
     Dividing by std gives very easy and very hard prompts more weight; scale=False turns it off (arXiv 2503.20783).
     """
     centered = rewards - rewards.mean(1, keepdim=True)
@@ -405,8 +406,8 @@ def two_stage_backward(
     Each chunk of completions runs forward, then backward, before the next one starts; gradients add up in the leaves.
     Stage 2 backpropagates the leaves' gradients through the prompts and their images. The result is the gradient of one
     large graph, while memory holds the graphs of the prompts and of one chunk. Inside one autocast context
-    each weight is cast once and all chunks share the copy; several backward passes may go through that cast, because it
-    saves no tensors that the first would free.
+    each weight is cast once and all chunks share the copy. Every chunk's backward goes through that cast; PyTorch
+    allows this, because a cast saves no tensors that the first backward would free.
     The model is in eval mode here too: with dropout the scorer would not be the policy that sampled (`load_model`).
 
     ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
@@ -438,8 +439,8 @@ def kl_to_reference(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """Estimate KL(pi_theta || pi_ref) per token: k3 = exp(d) - d - 1 with d = logp_ref - logp. GRPO eq. 4.
 
     Value: never negative, and unbiased if the tokens come from pi_theta, so only in the first inner epoch; like GRPO
-    we do not correct the later ones by rho. expm1 keeps the digits near d = 0. Gradient: its expectation is that of the
-    KL with its arguments swapped, KL(pi_ref || pi_theta), which is also minimal at pi_theta = pi_ref. The term is
+    we do not correct the later ones by rho. expm1 keeps the digits near d = 0. Gradient: on average it equals the
+    gradient of the swapped KL(pi_ref || pi_theta), which is also minimal at pi_theta = pi_ref. The term is
     added to the loss as in GRPO; inside the reward, the group's normalization would rescale it. pi_ref gets the same
     temperature and forbidden ids as pi_theta: a KL compares distributions over the same tokens.
     """
@@ -535,13 +536,16 @@ class MicroBatch(NamedTuple):
 
 
 def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
-    """Sample, score and compare: items 2 to 4 above. Groups are whole on a process: comparing needs no others."""
+    """Take items 2 to 4 of the list at the top: sample, reward, compare. A group is never split among processes."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.timer("sample"), torch.no_grad(), run.autocast(), run.gathered():
-        keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]  # 0: see `round` in data.draw_examples
+        # 0: see `round` in data.draw_examples. The slot, because few examples may come twice in a step.
+        keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         inputs, limit = run.collate(prompts), cfg.max_completion_tokens
-        # The sampler's log-probabilities do not serve as log pi_old: decoding rounds differently than scoring.
+        # The sampler's log-probabilities are not used as log pi_old: decoding rounds differently than scoring (bf16:
+        # about 0.03 nats a token), which rho would mistake for a change of the policy. As log pi_old `update` takes the
+        # scorer's, so rho starts at exactly 1; that tokens were drawn with the other rounding is not corrected.
         ids, _ = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution)
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
@@ -560,7 +564,8 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
 def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
     """Divide a rollout into micro-batches of max(1, micro_batch // G) groups; return the divisor of this process too.
 
-    The reference scores each micro-batch here, once for all inner epochs.
+    The reference scores each micro-batch here, once for all inner epochs. Completions that are masked as a whole go
+    through all passes too, so that every process makes the same calls.
     """
     cfg, G, parts = run.cfg, run.cfg.group_size, []
     counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
@@ -582,7 +587,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
     The loss is a sum over tokens divided by a number that is known before the first forward pass, so each chunk can be
     backpropagated alone. Every process divides by the divisor of all, therefore gradients are summed, not averaged.
     """
-    cfg, metrics = run.cfg, Averages()
+    cfg, metrics = run.cfg, Averages()  # means over the tokens, inner epochs and processes of the step
     batches, own_divisor = micro_batches(run, ro)
     divisor = run.accelerator.reduce(own_divisor.float(), "sum").clamp(min=1)  # not 0 / 0 if all are masked
     for epoch in range(cfg.inner_epochs):
@@ -633,14 +638,13 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
     """
     with run.timer("train"):
         trained = [p for p in run.model.parameters() if p.requires_grad]
-        if run.accelerator.num_processes > 1 and not run.cfg.shard:  # FSDP has summed its shards during backward
+        if run.accelerator.num_processes > 1 and not run.cfg.shard:  # FSDP has summed: extras/shards.py
             exchange_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)  # after the exchange: of the whole gradient
         norm = float(norm.full_tensor() if run.cfg.shard else norm)
         finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
         if finite:
-            # Until `write` has recorded the step: an error meanwhile saves OUT/model; checkpoints are of whole steps.
-            run.whole = False
+            run.whole = False  # until `write`: after an error in between, `guarded` saves the model but no checkpoint
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     metrics.add("grad_norm", norm if finite else 0.0, finite)
@@ -652,7 +656,7 @@ def exchange_gradients(parameters: list[nn.Parameter]) -> None:
 
     DDP would exchange after each of the many backward passes, and average. The processes load the same weights and take
     the same steps, so they stay equal. They first agree on which gradients exist, because a process that left out a
-    call would make the others wait; one may lack the vision tower's if its prompts have no image.
+    call would make the others wait: prompts without images give the vision tower no gradients, for example.
     A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The calls
     are asynchronous and tensor by tensor: flattened into one tensor the gradients would be in memory twice.
     """
@@ -940,7 +944,7 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     cfg, out, checks = run.cfg, Path(run.cfg.out), extra("check")
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "config.json").exists():  # its time is the start of an evaluation that continues
+        if not (out / "config.json").exists():  # evaluate.py reads from its time when an evaluation began
             (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     if checks:
         checks.describe(run, per_prompt, what, notes)
@@ -956,12 +960,12 @@ def due(step: int, every: int) -> bool:
 
 
 def write(run: Run, step: int, metrics: Averages, rows: list[dict], shown: Sequence[str]) -> None:
-    """Append the step to metrics.jsonl, rollouts.jsonl and the trackers; from here on it is taken."""
+    """Append the step to metrics.jsonl, rollouts.jsonl and the trackers; from here on the step counts as done."""
     metrics.put("step", step)
     metrics.put("lr", run.optimizer.param_groups[0]["lr"])
     for phase, seconds in run.seconds.items():
         metrics.put(f"seconds/{phase}", seconds)
-    row, rows = metrics.reduce(run.accelerator) | {"step": step}, gather_object(rows)  # an integer again
+    rows, row = gather_object(rows), metrics.reduce(run.accelerator) | {"step": step}  # `reduce` made it a float
     if run.main:
         data.append_rows(Path(run.cfg.out) / "rollouts.jsonl", rows)
         data.append_rows(Path(run.cfg.out) / "metrics.jsonl", [row])
@@ -1064,7 +1068,7 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
-    """Return the rule that --out holds no run or model; config.json and setup.txt alone are of a run without a step."""
+    """Return the rule that --out holds no run or model; a run that took no step left config.json and setup.txt."""
     out = Path(cfg.out)
     there = {file.name for file in out.iterdir()} - {"config.json", "setup.txt"} if out.is_dir() else set()
     taken = out.is_file() or "config.json" in os.listdir(out) and there if out.exists() else False
