@@ -7,13 +7,30 @@ from pathlib import Path
 
 from data import DataError
 
+# By the class of an error, or of one that it was raised from; the first that fits counts. huggingface_hub, datasets and
+# the library that they download with are not imported for their names.
+REASONS = {
+    "GatedRepoError": (
+        "its owners ask for consent to their terms", "Give it at https://huggingface.co/{name}, then: hf auth login"
+    ),
+    "RevisionNotFoundError": ("the repository has no such revision", "Check the part after @"),
+    "RepositoryNotFoundError": ("no such repository, or a private one", "Check the name; if private: hf auth login"),
+    "TransportError": ("the connection failed or broke off", "The same command goes on; what arrived is kept"),
+}  # fmt: skip
+REASONS["DatasetNotFoundError"] = REASONS["RepositoryNotFoundError"]
+REASONS["LocalEntryNotFoundError"] = REASONS["ConnectionError"] = REASONS["TransportError"]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
 
 @contextlib.contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Turn errors of loading `name` into a SystemExit that says what to do.
-
-    If the hub cannot be reached, the message has three lines.
-    """
+    """Turn errors of loading `name` into a SystemExit that says what to do: in three lines, if it is not on disk."""
     try:
         yield
     except ImportError as error:
@@ -23,12 +40,17 @@ def loading(what: str, name: str) -> Iterator[None]:
         raise SystemExit(f"{what} {name} needs a package that is not installed: {remedy}") from None
     except DataError:  # its message already says what to do
         raise
-    except (OSError, ValueError) as error:  # the hub raises OSError, a folder without a model ValueError
+    except Exception as error:
+        kinds = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
+        known = next((words for kind, words in REASONS.items() if kind in kinds), None)
+        if known is None and not isinstance(error, (OSError, ValueError)):  # the errors of a folder without a model
+            raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if Path(name).exists():
             raise SystemExit(f"{what} {name} cannot be loaded: {reason}") from None
+        reason, remedy = known or (reason, "Check the name: a folder here, or NAME or NAME@REVISION on the hub")
         raise SystemExit(
             f"{what} {name} is not a folder here and cannot be had from the hub: {reason}\n"
-            "With COCO and a model on disk:  accelerate launch virft.py --task coco --data COCO_DIR --model MODEL_DIR\n"
-            "Offline, with what is in here:  bash run.sh"
+            f"{remedy.format(name=name.partition('@')[0])}.\n"
+            "Without the hub: --data COCO_DIR --model MODEL_DIR, both on disk; or the demo: bash run.sh"
         ) from None

@@ -372,7 +372,8 @@ def test_an_overlong_prompt_names_the_example(llava_dir, shapes_dir, tmp_path):
 def test_what_is_missing_is_said(llava_dir, shapes_dir, tmp_path):
     """No hub: three lines; no data folder: the layout and the demo; no traceback anywhere."""
     offline = virft_py(check=False, task="coco", out=tmp_path / "a").stderr.strip().splitlines()[-3:]
-    assert "Qwen/Qwen2-VL-2B-Instruct" in offline[0] and "--data COCO_DIR" in offline[1] and "bash run.sh" in offline[2]
+    assert "Qwen/Qwen2-VL-2B-Instruct" in offline[0] and "connection failed" in offline[0]
+    assert "the same command" in offline[1].lower() and "--data COCO_DIR" in offline[2] and "bash run.sh" in offline[2]
     dataset = virft_py(check=False, task="coco", model=llava_dir, out=tmp_path / "a").stderr
     assert "laolao77/ViRFT_COCO" in dataset and "bash run.sh" in dataset and "Traceback" not in dataset
     missing = virft_py(

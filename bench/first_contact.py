@@ -1,0 +1,167 @@
+"""Take a model of bench/real_weights.py through the product, part by part, on real photographs; print a table.
+
+    python bench/first_contact.py --model DIR --coco COCO_DIR --flowers FLOWERS_DIR --out OUT
+    python bench/first_contact.py ... --only lora shard        # some parts
+
+Every part is one or several commands of a user, on one process unless it says two. Seconds are of the whole command
+with its start; the peak is the largest resident memory of one process. Output goes to OUT/PART.log.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = "--steps 5 --group_size 4 --prompts_per_step 4 --max_completion_tokens 32 --lr 1e-5 --workers 1"
+
+
+class Parts:
+    """The commands of each part; every method is a part, its docstring says what it shows, it returns what came out."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.model, self.out = args.model.resolve(), args.out.resolve()
+        self.flowers = f"--task flowers --data {args.flowers.resolve()}"
+        self.coco = f"--task coco --data {args.coco.resolve()}"
+        self.peak = 0.0
+
+    def run(self, part: str, flags: str, script: str = "virft.py", processes: int = 1, kill: Path | None = None) -> str:
+        """Run a command to its end, or until `kill` exists and then SIGKILL; return what it printed."""
+        argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        argv = [*(argv if processes > 1 else [sys.executable]), script, *flags.split()]
+        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes)), "HF_HUB_OFFLINE": "1"}
+        log = self.out / f"{part}.log"
+        with log.open("a") as file:
+            file.write(f"$ {' '.join(argv[1:])}\n")
+            file.flush()
+            start = file.tell()
+            process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | threads, stdout=file, stderr=file)
+            while kill and not kill.exists() and process.poll() is None:
+                time.sleep(0.05)
+            if kill:
+                process.send_signal(signal.SIGKILL)
+            _, status, usage = os.wait4(process.pid, 0)
+        self.peak = max(self.peak, usage.ru_maxrss * 1024 / 1e9)
+        said = log.read_text()[start:]
+        if status and not kill:
+            raise SystemExit(f"{part} failed:\n{said}")
+        return said
+
+    def train(self, part: str, data: str, more: str = "", **how) -> str:
+        """Train for a few steps; return the rewards of each step."""
+        self.run(part, f"{data} --model {self.model} --out {self.out / part} {TRAIN} {more}", **how)
+        return self.steps(part)
+
+    def steps(self, part: str) -> str:
+        rows = [json.loads(line) for line in (self.out / part / "metrics.jsonl").read_text().splitlines()]
+        seconds = {name: sum(row[f"seconds/{name}"] for row in rows) / len(rows) for name in ("sample", "train")}
+        rewards = " ".join(f"{row['reward']:.2f}" for row in rows)
+        return f"reward {rewards}; a step samples {seconds['sample']:.1f} s, trains {seconds['train']:.1f} s"
+
+    def scores(self, part: str, folder: Path) -> str:
+        return json.dumps(json.loads((folder / "scores.json").read_text()).get("overall"))
+
+    def check(self) -> str:
+        """--check"""
+        return self.run("check", f"{self.coco} --model {self.model} --out {self.out / 'check'} --check true {TRAIN}")
+
+    def flowers_grpo(self) -> str:
+        """GRPO, classification"""
+        return self.train("flowers_grpo", self.flowers)
+
+    def coco_grpo(self) -> str:
+        """GRPO, detection"""
+        return self.train("coco_grpo", self.coco, "--max_completion_tokens 64")
+
+    def lora(self) -> str:
+        """GRPO with --lora_rank 16"""
+        return self.train("lora", self.flowers, "--lora_rank 16 --lr 1e-4")
+
+    def resume(self) -> str:
+        """SIGKILL after step 2, then --resume: the same last step as without"""
+        self.train("whole", self.flowers, "--save_every 1")
+        self.train("killed", self.flowers, "--save_every 1", kill=self.out / "killed" / "checkpoints" / "step_000002")
+        self.train("killed", self.flowers, "--save_every 1 --resume true")
+        whole, killed = ((self.out / f / "rollouts.jsonl").read_text() for f in ("whole", "killed"))
+        return f"rollouts.jsonl equal: {whole == killed}; {self.steps('killed')}"
+
+    def two(self) -> str:
+        """two processes"""
+        return self.train("two", self.flowers, processes=2)
+
+    def shard(self) -> str:
+        """two processes, --shard"""
+        return self.train("shard", self.flowers, "--shard true", processes=2)
+
+    def evaluate(self) -> str:
+        """--eval_only, classification and detection"""
+        found = []
+        for name, data in (("flowers", self.flowers), ("coco", self.coco)):
+            out = self.out / f"eval_{name}"
+            limits = "--eval_limit 16 --max_completion_tokens 48"
+            self.run("evaluate", f"{data} --model {self.model} --out {out} --eval_only true {limits}")
+            found.append(self.scores("evaluate", out))
+        return "; ".join(found)
+
+    def ask(self) -> str:
+        """--ask"""
+        picture = sorted(Path(self.coco.split()[-1]).glob("val2017/*"))[0]
+        out = f"--out {self.out / 'ask'} --max_completion_tokens 48"
+        return self.run("ask", f"{self.coco} --model {self.model} --ask {picture} --categories person {out}")
+
+    def save(self) -> str:
+        """evaluated in training and from OUT/model: the same answers"""
+        limits = "--eval_limit 8 --max_completion_tokens 24"
+        self.train("save", self.flowers, f"--eval_every 5 {limits}")
+        again = f"--model {self.out / 'save' / 'model'} --out {self.out / 'save_again'} --eval_only true {limits}"
+        self.run("save", f"{self.flowers} {again}")
+        files = [self.out / "save" / "eval_000005", self.out / "save_again"]
+        kept, loaded = ((f / "predictions.jsonl").read_text() for f in files)
+        return f"answers equal: {kept == loaded}; {self.scores('save', files[1])}"
+
+    def mia_dpo(self) -> str:
+        """mia_dpo.py build and train"""
+        pairs, rows = self.out / "pairs.jsonl", self.out / "rows.jsonl"
+        flowers = Path(self.flowers.split()[-1])
+        labels = json.loads((flowers / "labels.json").read_text())
+        questions = [
+            {"image": str(flowers / r["file"]), "problem": "Which flower is this?", "solution": r["class_name"]}
+            for r in labels[:24]
+        ]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in questions))
+        build = "--layouts sequence2 grid4 --max_completion_tokens 16 --cell 112 --batch 4 --min_perplexity 1"
+        said = self.run(
+            "mia_dpo", f"build --task rows --data {rows} --model {self.model} --out {pairs} {build}", "mia_dpo.py"
+        )
+        if pairs.exists() and pairs.read_text():
+            train = f"train --pairs {pairs} --model {self.model} --out {self.out / 'mia_dpo'} --micro_batch 4"
+            said += self.run("mia_dpo", train, "mia_dpo.py")
+        return said
+
+
+def main() -> None:
+    parts = [name for name in vars(Parts) if name not in ("run", "train", "steps", "scores") and name[0] != "_"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "coco", "flowers", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    print("| part | seconds | peak GB | what came out |\n|---|---|---|---|")
+    for name in args.only:
+        for old in args.out.glob(f"{name}*"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        run = Parts(args)
+        start = time.perf_counter()
+        came_out = getattr(run, name)().strip().splitlines()[-1]
+        seconds = time.perf_counter() - start
+        print(f"| {getattr(Parts, name).__doc__} | {seconds:.0f} | {run.peak:.1f} | {came_out} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
