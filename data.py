@@ -671,11 +671,11 @@ def text_answer(solution: Any, digits: int | None = None) -> str:
 def answer_shares(texts: Sequence[str], parse: Callable) -> dict[str, float]:
     """Return signs of collapse: the shares of answers that parse, say `No Objects`, or have a wordless think block."""
     parsed = [parse(text) for text in texts]
-    thoughts = [text.partition("<think>")[2].partition("</think>")[0] for text in texts]
+    thoughts = [text.partition("<think>")[2].partition("</think>")[0] if "<think>" in text else None for text in texts]
     signs = {
         "parsed": [p is not None for p in parsed],
         "no_objects": [p == [] for p in parsed],
-        "empty_think": [not any(c.isalnum() for c in thought) for thought in thoughts],
+        "empty_think": [thought is not None and not any(map(str.isalnum, thought)) for thought in thoughts],
     }
     return {name: sum(found) / max(1, len(texts)) for name, found in signs.items()}
 

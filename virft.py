@@ -898,6 +898,8 @@ def build(
     source = saved.model if saved and not cfg.lora_rank else cfg.model
     model = load_model(source, torch.float32 if trains and not cfg.lora_rank else frozen, device)
     if trains:
+        if getattr(model, "hf_quantizer", None):
+            raise SystemExit(f"model {source} is quantized: it cannot be trained and saved; take the original weights")
         if cfg.lora_rank:
             adapters = extra("adapters", "--lora_rank").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
         elif cfg.freeze_vision:
@@ -970,6 +972,8 @@ def write(run: Run, step: int, metrics: Averages, rows: list[dict], shown: Seque
         data.append_rows(Path(run.cfg.out) / "rollouts.jsonl", rows)
         data.append_rows(Path(run.cfg.out) / "metrics.jsonl", [row])
     run.accelerator.log(row, step=step)
+    if step == 1 and row.get("zero_variance_groups") == 1:
+        tqdm.write("in no group of the first step did rewards differ: nothing was learned; --check true shows answers")
     run.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
     run.done, run.whole = step, True
 

@@ -81,8 +81,10 @@ def read_tower(file: Path) -> Dinov2Model:
     cls, patches = constants["onnx::Concat_1957"], constants["onnx::Reshape_1962"]
     weights["embeddings.position_embeddings"] = torch.cat([cls.view(1, 1, -1), patches.view(1, 37 * 37, -1)], 1)
     weights["embeddings.mask_token"] = torch.zeros(1, 384)  # used in pretraining only
-    renamed = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
-               "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}  # fmt: skip
+    renamed = {
+        "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj",
+    }  # fmt: skip
     for old, new in renamed.items():
         weights = {name.replace(old, new): weight for name, weight in weights.items()}
     config = Dinov2Config(
@@ -158,6 +160,7 @@ def main() -> None:
             raise SystemExit("the tower is not the graph's: limit 1e-4")
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         language = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+        del language.config.quantization_config  # its weights are float32 now
         tokenizer = AutoTokenizer.from_pretrained(**where)
     model, processor = assemble(tower, language, tokenizer, args.side)
     question = "What is the capital of France?"

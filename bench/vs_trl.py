@@ -5,6 +5,7 @@
     python bench/vs_trl.py --cases 336,256,8,1 336,512,8,1 --rounds 1
     python bench/vs_trl.py --sides virft.py --cases 336,64,4,1 336,64,16,1    # growth with G; needs no TRL
     python bench/vs_trl.py --losses                       # both losses on the same log-probabilities
+    python bench/vs_trl.py --model DIR --cases 224,16,4,4                     # a model of yours, which sizes its images
 
 A case is IMAGE_SIDE,COMPLETION_TOKENS,G,PROMPTS_A_STEP. Both sides train the same LLaVA-class model with random weights
 (text of 6 layers, width 256, 4 heads, MLP 1024; SigLIP tower of the same depth and width, patch 14) on the same
@@ -250,11 +251,14 @@ def need_trl(needed: bool) -> None:
         raise SystemExit("TRL is not installed: pip install trl==1.16.0, or --sides virft.py repeated")
 
 
-def prepare(folder: Path, side: int) -> Path:
+def prepare(folder: Path, side: int, model: Path | None = None) -> Path:
     folder = folder / str(side)
     if not folder.exists():
         shapes.write_split(folder / "data", "train", 40, seed=0)
-        write_model(folder / "model", side)
+        if model:
+            (folder / "model").symlink_to(model.resolve())
+        else:
+            write_model(folder / "model", side)
     return folder
 
 
@@ -285,6 +289,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="alternations")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--losses", action="store_true")
+    parser.add_argument("--model", type=Path, help="model folder; default: one with random weights")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -310,7 +315,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|---|")
         for case in args.cases:
             side, *sizes = map(int, case.split(","))
-            prepare(folder, side)
+            prepare(folder, side, args.model)
             argv = ("--cases", case, "--steps", args.steps, "--folder", folder)
             rounds = [
                 {side: in_a_process(__file__, "--side", side, *argv, CUDA_VISIBLE_DEVICES="") for side in args.sides}

@@ -122,13 +122,14 @@ def doubts(facts: dict[str, float], in_force: str) -> list[str]:
     zero_variance_groups in [0, 1]; for tasks with boxes also "iou as relative" and "iou as pixels" (see `box_fit`).
     in_force: the coordinates that the prompts state, "relative" or "pixels".
     """
-    found = []
-    if facts["parsed"] < 0.5:
-        found.append("most answers do not parse: compare the answers below with the form that the prompt asks for")
+    found, parses = [], facts["parsed"] >= 0.5  # what does not parse has no box that could fit
+    if not parses:
+        advice = "compare those above with the form that the prompt asks for; a model that never writes it cannot learn"
+        found.append(f"most answers do not parse: {advice}")
     if facts["truncated"] > 0.2:
         remedy = "raise --max_completion_tokens, or leave out crowded images by --max_boxes"
         found.append(f"many answers are cut off: {remedy}")
-    if (here := facts.get(f"iou as {in_force}")) is not None:
+    if parses and (here := facts.get(f"iou as {in_force}")) is not None:
         other = {"relative": "pixels", "pixels": "relative"}[in_force]
         if facts[f"iou as {other}"] > here + 0.1:
             found.append(f"the boxes fit better as {other} than as {in_force}: try --coordinates {other}")

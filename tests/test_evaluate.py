@@ -225,7 +225,7 @@ def test_shares():
         "no",
         "<think></think><answer>x</answer>",
     ]
-    assert data.answer_shares(texts, COCO.parse) == {"parsed": 0.5, "no_objects": 0.5, "empty_think": 0.75}
+    assert data.answer_shares(texts, COCO.parse) == {"parsed": 0.5, "no_objects": 0.5, "empty_think": 0.5}
 
 
 def test_files(tmp_path):
@@ -390,6 +390,8 @@ def test_every_doubt_can_be_raised_and_none_without_reason():
         (doubt,) = check.doubts(good | change, "relative")
         assert says in doubt
     assert "--coordinates relative" in check.doubts(good, "pixels")[0]
+    (doubt,) = check.doubts(good | {"parsed": 0.0, "iou as relative": 0.0, "iou as pixels": 0.0}, "relative")
+    assert "do not parse" in doubt, "boxes of answers without boxes are not doubted too"
     assert check.doubts({name: value for name, value in good.items() if "iou" not in name}, "relative") == []
 
 

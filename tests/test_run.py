@@ -277,6 +277,17 @@ def test_tied_bf16_models_are_saved_as_they_came(llava_dir, shapes_dir, tmp_path
     assert abs(sizes[1] - sizes[0]) < 1000
 
 
+def test_a_quantized_model_is_refused_before_it_is_trained(llava_dir, make_run, tmp_path):
+    """transformers would train its weights and refuse to save them."""
+    folder = shutil.copytree(llava_dir, tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["quantization_config"] = {"quant_method": "gguf", "gguf_file": "x.gguf", "dequantize": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="quantized: it cannot be trained and saved"):
+        make_run(model=folder)
+    assert make_run(model=folder, eval_only="true").optimizer is None
+
+
 def test_the_run_folder_may_not_be_the_model_it_starts_from(llava_dir, shapes_dir, tmp_path):
     model = shutil.copytree(llava_dir, tmp_path / "run" / "model")
     done = virft_py(check=False, model=model, data=shapes_dir, out=model)
