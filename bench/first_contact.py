@@ -43,13 +43,15 @@ class Parts:
         """Run a command to its end, or until `kill` exists and then SIGKILL; return what it printed."""
         argv = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         argv = [*(argv if processes > 1 else [sys.executable]), script, *flags.split()]
-        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes)), "HF_HUB_OFFLINE": "1"}
+        # With several threads PyTorch adds up gradients in an order that changes from run to run: see `resume`.
+        threads = 1 if part.startswith("resume") else max(1, os.cpu_count() // processes)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         log = self.out / f"{part}.log"
         with log.open("a") as file:
             file.write(f"$ {' '.join(argv[1:])}\n")
             file.flush()
             start = file.tell()
-            process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | threads, stdout=file, stderr=file)
+            process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=file)
             while kill and not kill.exists() and process.poll() is None:
                 time.sleep(0.05)
             if kill:
@@ -73,8 +75,10 @@ class Parts:
         rewards = " ".join(f"{row['reward']:.2f}" for row in rows)
         return f"reward {rewards}; a step samples {seconds['sample']:.1f} s, trains {seconds['train']:.1f} s"
 
-    def scores(self, part: str, folder: Path) -> str:
-        return json.dumps(json.loads((folder / "scores.json").read_text()).get("overall"))
+    @staticmethod
+    def scores(folder: Path) -> str:
+        scores = json.loads((folder / "scores.json").read_text())
+        return ", ".join(f"{name} {value:g}" for name, value in scores.items() if isinstance(value, (int, float)))
 
     def check(self) -> str:
         """--check"""
@@ -95,7 +99,7 @@ class Parts:
         return self.train("lora", self.flowers, "--lora_rank 16 --lr 1e-4")
 
     def resume(self) -> str:
-        """SIGKILL after a checkpoint, then --resume, against a run that nothing disturbed"""
+        """SIGKILL after a checkpoint, then --resume, against a run that nothing disturbed; one thread"""
         self.train("resume_whole", self.flowers, "--steps 3 --save_every 1")
         self.train("resume", self.flowers, "--steps 3 --save_every 1", kill=self.out / "resume/checkpoints/step_000001")
         self.train("resume", self.flowers, "--steps 3 --save_every 1 --resume true")
@@ -117,7 +121,7 @@ class Parts:
             out = self.out / f"eval_{name}"
             limits = "--eval_limit 16 --max_completion_tokens 48"
             self.run("evaluate", f"{data} --model {self.model} --out {out} --eval_only true {limits}")
-            found.append(self.scores("evaluate", out))
+            found.append(self.scores(out))
         return "; ".join(found)
 
     def ask(self) -> str:
@@ -130,11 +134,12 @@ class Parts:
         """evaluated in training and from OUT/model: the same answers"""
         limits = "--eval_limit 8 --max_completion_tokens 24"
         self.train("save", self.flowers, f"--eval_every 2 {limits}")
+        limits += f" {TRAIN[TRAIN.index('--rewards') :]}"
         again = f"--model {self.out / 'save' / 'model'} --out {self.out / 'save_again'} --eval_only true {limits}"
         self.run("save", f"{self.flowers} {again}")
         files = [self.out / "save" / "eval_000002", self.out / "save_again"]
         kept, loaded = ((f / "predictions.jsonl").read_text() for f in files)
-        return f"answers equal: {kept == loaded}; {self.scores('save', files[1])}"
+        return f"answers equal: {kept == loaded}; {self.scores(files[1])}"
 
     def mia_dpo(self) -> str:
         """mia_dpo.py build and train"""
@@ -142,11 +147,11 @@ class Parts:
         flowers = Path(self.flowers.split()[-1])
         labels = json.loads((flowers / "labels.json").read_text())
         questions = [
-            {"image": str(flowers / r["file"]), "problem": "Which flower is this?", "solution": r["class_name"]}
+            {"image": str(flowers / r["file"]), "problem": "Name the flower in three words.", "solution": r["class_name"]}
             for r in labels[:24]
         ]
         rows.write_text("".join(json.dumps(row) + "\n" for row in questions))
-        build = "--layouts sequence2 grid4 --max_completion_tokens 16 --cell 112 --batch 4 --min_perplexity 1"
+        build = "--layouts sequence2 grid4 --max_completion_tokens 64 --cell 112 --batch 4 --min_perplexity 1"
         said = self.run(
             "mia_dpo", f"build --task rows --data {rows} --model {self.model} --out {pairs} {build}", "mia_dpo.py"
         )
