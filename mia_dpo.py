@@ -617,6 +617,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         ("out", not any(p.is_relative_to(folder) for p in used), "outside --data and --model: its folder is NAME"),
         ("out", Path(cfg.out).resolve() not in used, "another file than --data"),
     ])  # fmt: skip
+    check_folder(cfg, folder)  # before data and model are loaded
     return cfg
 
 
@@ -624,8 +625,8 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
 MAY_DIFFER = "workers batch pictures selection limits min_perplexity max_length_ratio min_edit_distance".split()
 
 
-def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
-    """Make the folder of a build; return the answers of an interrupted build, or of one whose pairs were removed."""
+def check_folder(cfg: BuildConfig, folder: Path) -> None:
+    """Raise SystemExit if the folder of a build holds something else, or a build that this one cannot continue."""
     settings, file = asdict(cfg) | dict.fromkeys(MAY_DIFFER), folder / "config.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if folder.exists() and any(folder.iterdir()) and "layouts" not in before:
@@ -633,8 +634,13 @@ def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
     finished = Path(cfg.out).exists() or (folder / "questions.jsonl").exists()
     if finished or before not in ({}, settings):
         raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; give another or remove it")
+
+
+def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
+    """Make the folder of a build; return the answers of an interrupted build, or of one whose pairs were removed."""
+    check_folder(cfg, folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(asdict(cfg) | dict.fromkeys(MAY_DIFFER), indent=2) + "\n")
     parts = sorted(folder.glob("candidates*.jsonl"))
     found = {(row["number"], row["id"]): row for part in parts for row in read_predictions(part)}
     answered = Counter(number for number, _ in found)

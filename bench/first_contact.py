@@ -143,11 +143,11 @@ class Parts:
 
     def mia_dpo(self) -> str:
         """mia_dpo.py build and train"""
-        pairs, rows = self.out / "pairs.jsonl", self.out / "rows.jsonl"
+        pairs, rows = self.out / "mia_dpo_pairs.jsonl", self.out / "mia_dpo_rows.jsonl"
         flowers = Path(self.flowers.split()[-1])
         labels = json.loads((flowers / "labels.json").read_text())
         questions = [
-            {"image": str(flowers / r["file"]), "problem": "Name the flower in three words.", "solution": r["class_name"]}
+            {"image": str(flowers / r["file"]), "problem": "Name the flower in a word.", "solution": r["class_name"]}
             for r in labels[:24]
         ]
         rows.write_text("".join(json.dumps(row) + "\n" for row in questions))

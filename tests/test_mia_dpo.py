@@ -684,6 +684,8 @@ def test_a_folder_that_no_build_made_is_not_touched(tmp_path):
         (tmp_path / "coco" / name).write_text(text)
     with pytest.raises(SystemExit, match="was not made by a build, and will not be touched"):
         mia_dpo.open_folder(BuildConfig(out=str(tmp_path / "coco.jsonl")), tmp_path / "coco")
+    with pytest.raises(SystemExit, match="was not made by a build"):  # before anything is loaded
+        mia_dpo.parse_build(["--data", "rows.jsonl", "--out", str(tmp_path / "coco.jsonl")])
     with pytest.raises(SystemExit, match="outside --data and --model"):
         mia_dpo.parse_build(["--data", str(tmp_path / "coco"), "--out", str(tmp_path / "coco.jsonl")])
     assert (tmp_path / "coco" / "photo.jpg").read_text() == "x"
