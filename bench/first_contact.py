@@ -118,7 +118,7 @@ class Parts:
         """--eval_only, classification and detection"""
         found = []
         for name, data in (("flowers", self.flowers), ("coco", self.coco)):
-            out = self.out / f"eval_{name}"
+            out = self.out / f"evaluate_{name}"
             limits = "--eval_limit 16 --max_completion_tokens 48"
             self.run("evaluate", f"{data} --model {self.model} --out {out} --eval_only true {limits}")
             found.append(self.scores(out))
