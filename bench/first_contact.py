@@ -164,8 +164,10 @@ class Parts:
 def main() -> None:
     parts = [name for name in vars(Parts) if name not in ("run", "train", "steps", "scores") and name[0] != "_"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "coco", "flowers", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--coco", type=Path, required=True, help="a COCO folder")
+    parser.add_argument("--flowers", type=Path, required=True, help="a folder that --task flowers reads")
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import torch
-from onnx import numpy_helper
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -68,6 +65,9 @@ def download(folder: Path) -> tuple[Path, Path]:
 
 def read_tower(file: Path) -> Dinov2Model:
     """Load the weights of an ONNX graph into transformers' DINOv2."""
+    import onnx
+    from onnx import numpy_helper
+
     graph = onnx.load(file).graph
     constants = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
     weights = {n.removeprefix("backbone."): w for n, w in constants.items() if n.startswith("backbone.")}
@@ -97,6 +97,9 @@ def read_tower(file: Path) -> Dinov2Model:
 
 def compare_tower(tower: Dinov2Model, file: Path) -> float:
     """Return the largest difference of the tower's last layer from the ONNX graph's, on two images of noise."""
+    import onnx
+    import onnxruntime
+
     model = onnx.load(file)
     last = [node.output[0] for node in model.graph.node if node.name.startswith("/backbone/layernorm")][-1]
     model.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))

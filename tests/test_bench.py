@@ -104,3 +104,21 @@ def test_vs_trl_measures_our_sides():
     assert [row.split(" | ")[1] for row in rows[1:]] == ["virft.py", "repeated"]
     if not importlib.util.find_spec("trl"):
         assert "pip install trl==1.16.0" in subprocess.run(command[:2], capture_output=True, text=True).stderr
+
+
+@pytest.mark.slow
+def test_first_contact_takes_a_model_through_a_part(llava_dir, shapes_dir, tmp_path):
+    command = [
+        sys.executable, ROOT / "bench" / "first_contact.py", "--model", llava_dir, "--coco", shapes_dir,
+        "--flowers", shapes_dir, "--out", tmp_path, "--only", "coco_grpo",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    row = done.stdout.strip().splitlines()[-1]
+    assert row.startswith("| GRPO, detection | ") and row.count("0.") >= 5, done.stdout + done.stderr
+    assert (tmp_path / "coco_grpo" / "model" / "model.safetensors").exists()
+
+
+def test_real_weights_stay_out_of_the_repository():
+    command = [sys.executable, ROOT / "bench" / "real_weights.py", "--out", ROOT / "runs" / "llava"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "do not belong in the repository" in done.stderr
