@@ -90,6 +90,7 @@ def test_gpu_bench_says_what_it_needs():
     assert done.returncode and "torch sees no GPU" in done.stderr
 
 
+@pytest.mark.slow
 def test_vs_trl_measures_our_sides():
     """The least case of our two sides, by command; TRL is not installed for tests, and asked for at once where it is
     needed.

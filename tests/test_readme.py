@@ -254,6 +254,7 @@ def test_a_breakage_is_the_one_that_the_lesson_tells(name, tmp_path):
         assert broken.new in row and all(f"--{flag} {value}" in row for flag, value in broken.flags.items())
 
 
+@pytest.mark.slow
 def test_breakages_train_and_draw(llava_dir, shapes_dir, tmp_path):
     """The inverted clip and what it is compared with, two steps each; the same command trains nothing twice."""
     out = tmp_path / "demo"
