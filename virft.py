@@ -12,7 +12,7 @@ Train a vision-language model with GRPO (arXiv 2402.03300) on rewards that a pro
             take its mean, first over the tokens of a completion, then over completions
   7. step   follow the gradient; the next step samples anew
 
-What differs from the paper and its released code, and why:
+What differs from Visual-RFT's paper and its released code, and why:
 
   - A prompt and its image are encoded once per group, not G times, in sampling, in the reference pass and in
     training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies. One exception: models
@@ -25,10 +25,10 @@ What differs from the paper and its released code, and why:
     bash run.sh                                                          # offline demo, no GPU
 
 This file trains with rewards.py and data.py alone. Optional features are in extras/ and are imported when used:
-`extra("shards", "--shard")` raises if the folder extras is missing, `extra("report")` then returns None.
+without that folder `extra("shards", "--shard")` raises, and `extra("report")`, which no flag asked for, returns None.
 
 To add a reward: REWARDS in rewards.py. A task: TASKS in data.py. A normalization: NORMALIZATIONS. A ratio: RATIOS.
-A metric: `rollout_metrics` or `update`. A setting: Config; one that DPO reads too, also mia_dpo.TrainConfig.
+A metric: `rollout_metrics` or `update`. A setting: Config, and mia_dpo.TrainConfig if the sibling method reads it.
 
 Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary, and
 N = B * G rows in this order: prompt 0 completion 0, prompt 0 completion 1, ...
@@ -111,7 +111,7 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
-    micro_batch: int = setting(0, "completions per training pass; 0: G; beyond G only whole groups count", least=0)
+    micro_batch: int = setting(0, "completions per training pass; 0: G; above G: multiples of G", least=0)
     lr: float = setting(1e-6, "learning rate, decaying linearly to 0", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
@@ -168,8 +168,8 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     position = mask.sum(1, keepdim=True)  # of the next token
     if rope:
         position = (position + rope.rope_deltas).expand(3, -1, -1)  # text has the same position on all axes
-    # Mllama's cross_attention_mask [B, P, images, tiles], the one input with more than a number per prompt token: a
-    # completion attends to the images of the last one.
+    # Mllama's cross_attention_mask [B, P, images, tiles], the one input with more than a number per prompt token. A
+    # completion attends to the images that the last prompt token attends to.
     cross_masks = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
     return Prefix(out.past_key_values, out.logits[:, -1], mask, position, cross_masks)
 
@@ -219,8 +219,8 @@ def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> T
 def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
     """Draw uniform numbers in [0, 1), [B * G, max_tokens] float64, from one generator per prompt.
 
-    The numbers are drawn on the CPU from a seed per prompt, so they do not depend on batch, process or device, as those
-    of torch.multinomial would. What still can change a completion is how the logits are rounded.
+    The numbers are drawn on the CPU from a seed per prompt, so they do not depend on batch, process or device; those of
+    torch.multinomial would. What still can change a completion is how the logits are rounded.
     """
     seeds = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big") for key in keys]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -229,7 +229,8 @@ def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
 
 def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
     """Turn each cache layer that grows into a static one with room for `tokens` more, whose memory stays in place."""
-    # Layers of cross attention store images and do not grow.
+    # Layers of cross attention store images and do not grow. Sliding layers become plain ones, with the window in the
+    # mask: transformers' own StaticSlidingWindowLayer counts in Python integers, which a recorded step would freeze.
     crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicLayer) and i not in crossing:
@@ -251,8 +252,8 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}  # others: not known
     if text._attn_implementation == "eager":  # eager attention adds the mask to the scores, sdpa takes booleans
         masks = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in masks.items()}
-    masks["linear_attention"] = None
-    # A config without layer types has one kind of layer, whose mask is `near`: without a window it equals `mask`.
+    masks["linear_attention"] = None  # padding was left out in `prefill`; its state holds only what came after
+    # A config without layer types has one kind of layer. Its mask is `near`, which without a window equals `mask`.
     by_kind = {kind: masks[kind] for kind in kinds or {"sliding_attention"}}
     return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
@@ -261,7 +262,7 @@ def sample(
     model: nn.Module, inputs: dict[str, Tensor], group_size: int, noise: Tensor | None, max_tokens: int, eos: Tensor,
     temperature: float, forbidden: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sample G completions of each of B prompts; return token ids and their log-probabilities, both [B * G, C].
+    """Sample G completions of each of B prompts; return token ids and, to compare, log-probabilities, both [B * G, C].
 
     noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its
     first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
@@ -275,7 +276,7 @@ def sample(
     ended = torch.zeros_like(rows, dtype=torch.bool)
     t = torch.zeros(1, dtype=torch.long, device=eos.device)  # tokens sampled so far
     prompts = prefill(model, inputs)
-    reserve(model, prompts.cache, max_tokens)  # before `fork`: it copies B rows, not N
+    reserve(model, prompts.cache, max_tokens)  # copies keys, so before `fork` multiplies the rows
     prefix = fork(prompts._replace(mask=F.pad(prompts.mask.bool(), (0, max_tokens))), rows // group_size)
     del prompts  # and its B rows of cache
 
@@ -314,7 +315,7 @@ def sample(
                 prefix, rows = fork(prefix, going), rows[going]
     else:
         draw()
-    # At least two columns: `branch` is fed all tokens but the last, and with --shard every process must call it.
+    # At least two columns: `branch` gets all tokens but the last, and with --shard each process must call it with some.
     C = max(2, int(completion_mask(ids, eos).sum(1).max()))
     return ids[:, :C], logps[:, :C]
 
@@ -478,7 +479,7 @@ def clipped_ratio(
 
 
 RATIOS = {"token": clipped_ratio}  # (logp, logp_old, A, mask, eps) -> token loss, clipped
-RATIO = "token"  # the entry that is used
+RATIO = "token"  # the entry that is used; a flag when there are two
 
 
 def grpo_loss(
@@ -491,7 +492,7 @@ def grpo_loss(
     advantages [N]; mask, weights [N, C]: the tokens that count and how much, see NORMALIZATIONS.
     """
     loss, clipped = RATIOS[RATIO](logp, logp_old, advantages[:, None], mask, eps)
-    reference = logp if logp_ref is None else logp_ref  # without a reference KL and gradient are 0
+    reference = logp if logp_ref is None else logp_ref  # no reference: KL 0, gradient 0
     kl = kl_to_reference(torch.where(mask, logp, 0.0), torch.where(mask, reference, 0.0))  # masked before exp, as rho
     return (weights * (loss + beta * kl)).sum(), kl.detach(), clipped
 
@@ -539,7 +540,7 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     """Take items 2 to 4 of the list at the top: sample, reward, compare. A group is never split among processes."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.timer("sample"), torch.no_grad(), run.autocast(), run.gathered():
-        # 0: see `round` in data.draw_examples. The slot, because few examples may come twice in a step.
+        # The 0 is the round, see data.draw_examples. The slot: of few examples one can come twice in a step.
         keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         inputs, limit = run.collate(prompts), cfg.max_completion_tokens
@@ -644,7 +645,7 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
         norm = float(norm.full_tensor() if run.cfg.shard else norm)
         finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
         if finite:
-            run.whole = False  # until `write`: after an error in between, `guarded` saves the model but no checkpoint
+            run.whole = False  # until `write`; checkpoints hold whole steps, so an error now saves the model only
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     metrics.add("grad_norm", norm if finite else 0.0, finite)
@@ -946,7 +947,7 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     cfg, out, checks = run.cfg, Path(run.cfg.out), extra("check")
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "config.json").exists():  # evaluate.py reads from its time when an evaluation began
+        if not (out / "config.json").exists():  # its modification time tells evaluate.py when it began
             (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     if checks:
         checks.describe(run, per_prompt, what, notes)
@@ -1072,7 +1073,7 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
-    """Return the rule that --out holds no run or model; a run that took no step left config.json and setup.txt."""
+    """Return the rule that --out holds no run or model. config.json and setup.txt alone: no step was taken."""
     out = Path(cfg.out)
     there = {file.name for file in out.iterdir()} - {"config.json", "setup.txt"} if out.is_dir() else set()
     taken = out.is_file() or "config.json" in os.listdir(out) and there if out.exists() else False
