@@ -71,7 +71,7 @@ def hub(small_model, published):
 def start(hub, folder: Path, *flags: str, launch=(*LAUNCH, "virft.py", "--task", "coco")) -> subprocess.Popen:
     """Start `accelerate launch virft.py --task coco FLAGS` as a new user would: nothing is cached yet."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "2",
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1",
         "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
     for script in ("virft.py", "rewards.py", "data.py", "extras"):  # so that runs/virft, the default, is in `folder`
@@ -82,14 +82,14 @@ def start(hub, folder: Path, *flags: str, launch=(*LAUNCH, "virft.py", "--task",
 
 
 def finish(process: subprocess.Popen) -> str:
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=400)
     return said
 
 
 def test_the_bare_command_reaches_its_first_step(hub, tmp_path):
     process = start(hub, tmp_path)
     metrics = tmp_path / "runs" / "virft" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)  # the launcher and the script: 199 steps would follow
