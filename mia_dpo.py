@@ -638,7 +638,6 @@ def check_folder(cfg: BuildConfig, folder: Path) -> None:
 
 def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
     """Make the folder of a build; return the answers of an interrupted build, or of one whose pairs were removed."""
-    check_folder(cfg, folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(cfg) | dict.fromkeys(MAY_DIFFER), indent=2) + "\n")
     parts = sorted(folder.glob("candidates*.jsonl"))

@@ -972,9 +972,9 @@ def write(run: Run, step: int, metrics: Averages, rows: list[dict], shown: Seque
     if run.main:
         data.append_rows(Path(run.cfg.out) / "rollouts.jsonl", rows)
         data.append_rows(Path(run.cfg.out) / "metrics.jsonl", [row])
+        if step == 1 and row.get("zero_variance_groups") == 1:
+            tqdm.write("in no group of the first step did rewards differ: it taught nothing; try --check true")
     run.accelerator.log(row, step=step)
-    if step == 1 and row.get("zero_variance_groups") == 1:
-        tqdm.write("in no group of the first step did rewards differ: nothing was learned; --check true shows answers")
     run.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
     run.done, run.whole = step, True
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,8 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         if (folder := self.folder(repository)) is None:
             return
         if repository in self.server.gated:
-            words = f"Access to {repository} is restricted. You must have access to it and be authenticated to access it."
-            return self.refuse(401, "GatedRepo", words)
+            return self.refuse(401, "GatedRepo", f"Access to {repository} is restricted.")
         if not (folder / path).is_file():
             return self.refuse(404, "EntryNotFound", "Entry not found")
         content = (folder / path).read_bytes()
@@ -99,7 +98,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folders: dict[str, Path], gated=(), breaks=(), renamed: dict[str, str] = {}) -> Iterator[ThreadingHTTPServer]:
+def serving(
+    folders: dict[str, Path], gated: Sequence[str], breaks: Sequence[str], renamed: dict[str, str]
+) -> Iterator[ThreadingHTTPServer]:
     """Serve until the context ends; the address is `http://127.0.0.1:{server.server_port}`.
 
     gated: repositories that want a login. breaks: connections end in the middle of their weights. renamed:

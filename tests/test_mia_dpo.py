@@ -683,7 +683,7 @@ def test_a_folder_that_no_build_made_is_not_touched(tmp_path):
     for name, text in (("photo.jpg", "x"), ("config.json", '{"model_type": "llava"}')):
         (tmp_path / "coco" / name).write_text(text)
     with pytest.raises(SystemExit, match="was not made by a build, and will not be touched"):
-        mia_dpo.open_folder(BuildConfig(out=str(tmp_path / "coco.jsonl")), tmp_path / "coco")
+        mia_dpo.check_folder(BuildConfig(out=str(tmp_path / "coco.jsonl")), tmp_path / "coco")
     with pytest.raises(SystemExit, match="was not made by a build"):  # before anything is loaded
         mia_dpo.parse_build(["--data", "rows.jsonl", "--out", str(tmp_path / "coco.jsonl")])
     with pytest.raises(SystemExit, match="outside --data and --model"):
