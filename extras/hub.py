@@ -7,15 +7,15 @@ from pathlib import Path
 
 from data import DataError
 
-# By the class of an error, or of one that it was raised from; the first that fits counts. huggingface_hub, datasets and
-# the library that they download with are not imported for their names.
+# What went wrong and what to do, by the class name of an error or of one of its causes; the first entry that fits is
+# used. Names, so that nothing has to be imported to compare with.
 REASONS = {
     "GatedRepoError": (
-        "its owners ask for consent to their terms", "Give it at https://huggingface.co/{name}, then: hf auth login"
+        "you must accept its owners' terms first", "Accept them at https://huggingface.co/{name}, then: hf auth login"
     ),
     "RevisionNotFoundError": ("the repository has no such revision", "Check the part after @"),
     "RepositoryNotFoundError": ("no such repository, or a private one", "Check the name; if private: hf auth login"),
-    "TransportError": ("the connection failed or broke off", "The same command goes on; what arrived is kept"),
+    "TransportError": ("the connection failed or broke off", "Run the same command again: what was downloaded is kept"),
 }  # fmt: skip
 REASONS["DatasetNotFoundError"] = REASONS["RepositoryNotFoundError"]
 REASONS["LocalEntryNotFoundError"] = REASONS["ConnectionError"] = REASONS["TransportError"]
