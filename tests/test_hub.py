@@ -126,7 +126,8 @@ def test_what_the_hub_refuses_is_explained_in_three_lines_and_a_renamed_model_is
     assert process.returncode == 0, said
     gated, missing, breaks, renamed = (part.strip() for part in said.split("===")[1:])
     assert renamed == "owner/old trained"
-    for told, words in ((gated, "must accept its owners' terms"), (missing, "no such repository"), (breaks, "broke off")):
+    reasons = ((gated, "must accept its owners' terms"), (missing, "no such repository"), (breaks, "broke off"))
+    for told, words in reasons:
         first, second, third = told.split("\n")[:3]
         assert words in first and "bash run.sh" in third, told
     assert "huggingface.co/owner/gated" in gated and "hf auth login" in missing and "the same command" in breaks.lower()
