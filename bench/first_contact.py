@@ -3,8 +3,9 @@
     python bench/first_contact.py --model DIR --coco COCO_DIR --flowers FLOWERS_DIR --out OUT
     python bench/first_contact.py ... --only lora shard        # some parts
 
-Every part is one or several commands of a user, on one process unless it says two. Seconds are of the whole command
-with its start; the peak is the largest resident memory of one process. Output goes to OUT/PART.log.
+Each part runs one or more commands as a user would type them, in one process unless its title says two. The seconds
+cover the whole part, program starts included; the peak is the largest resident memory of one process. Output goes to
+OUT/PART.log.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The untrained projector leaves every verifiable reward at 0; with one that differs within groups, weights move too.
+# The untrained projector leaves every verifiable reward at 0. `letters` varies within a group, so the weights change.
 TRAIN = (
     "--steps 2 --group_size 4 --prompts_per_step 2 --max_completion_tokens 32 --lr 1e-5 --workers 1 "
     "--rewards accuracy=1 format=1 bench/first_contact.py:letters=1"
@@ -31,7 +32,11 @@ def letters(completion: str, solution: object) -> float:
 
 
 class Parts:
-    """The commands of each part; every method is a part, its docstring says what it shows, it returns what came out."""
+    """Run the commands of each part.
+
+    Each method except run, train, steps and scores is a part: its docstring is the title in the table, its return value
+    ends with the line for the last column.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.model, self.out = args.model.resolve(), args.out.resolve()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from data import DataError
 
-# What went wrong and what to do, by the class name of an error or of one of its causes; the first entry that fits is
-# used. Names, so that nothing has to be imported to compare with.
+# Class name of an error, or of one of its causes or base classes -> what went wrong, what to do. The first match is
+# used. Names instead of classes, so that no library has to be imported here.
 REASONS = {
     "GatedRepoError": (
         "you must accept its owners' terms first", "Accept them at https://huggingface.co/{name}, then: hf auth login"
@@ -30,7 +30,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def loading(what: str, name: str) -> Iterator[None]:
-    """Turn errors of loading `name` into a SystemExit that says what to do: in three lines, if it is not on disk."""
+    """Turn an error raised while loading `name` into a SystemExit that says what to do.
+
+    If `name` is not a path on disk, the message has three lines.
+    """
     try:
         yield
     except ImportError as error:
@@ -43,7 +46,7 @@ def loading(what: str, name: str) -> Iterator[None]:
     except Exception as error:
         kinds = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
         known = next((words for kind, words in REASONS.items() if kind in kinds), None)
-        if known is None and not isinstance(error, (OSError, ValueError)):  # the errors of a folder without a model
+        if known is None and not isinstance(error, (OSError, ValueError)):  # these a folder without a model raises
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if Path(name).exists():

@@ -1,4 +1,4 @@
-"""Serve folders on 127.0.0.1 by the protocol of the Hugging Face hub: what huggingface_hub and datasets ask it for."""
+"""Serve folders on 127.0.0.1 as the Hugging Face hub would: the requests that huggingface_hub and datasets make."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
         if new := self.server.renamed.get(repository):
             self.send(307, b"", Location=self.path.replace(repository.partition("/")[2], new))
         elif repository not in self.server.folders:
-            self.refuse(401, "RepoNotFound", "Invalid username or password.")  # the hub does not tell private from none
+            self.refuse(401, "RepoNotFound", "Invalid username or password.")  # as for a private one
         else:
             return self.server.folders[repository]
 
@@ -103,7 +103,7 @@ def serving(
 ) -> Iterator[ThreadingHTTPServer]:
     """Serve until the context ends; the address is `http://127.0.0.1:{server.server_port}`.
 
-    gated: repositories that want a login. breaks: connections end in the middle of their weights. renamed:
+    gated: repositories that want a login. breaks: repositories whose weights are cut off halfway. renamed:
     {"models/OWNER/OLD": "OWNER/NEW"}.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -1,4 +1,4 @@
-"""The card's command word for word, with a hub: a small server on 127.0.0.1 that speaks its protocol (hub.py).
+"""`accelerate launch virft.py --task coco`, unchanged, with a small server on 127.0.0.1 as the hub (hub.py).
 
 Qwen-VL's processor needs torchvision, which does not exist for the CPU build of torch; under the name of the default
 model the server offers a tiny LLaVA of random weights.
@@ -50,7 +50,7 @@ def published(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_model(llava_dir, tmp_path_factory) -> Path:
-    """The tiny LLaVA with one layer: the card's command samples 128 x 512 tokens for its first step."""
+    """The tiny LLaVA with one layer, to be fast: with default flags a step samples 128 answers of up to 512 tokens."""
     folder = shutil.copytree(llava_dir, tmp_path_factory.mktemp("model") / "small")
     config = AutoConfig.from_pretrained(folder)
     config.text_config.num_hidden_layers = 1
