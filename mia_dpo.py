@@ -147,11 +147,12 @@ class TrainConfig:
     steps: int = setting(0, "training steps; 0: as many as --epochs makes", least=0)
     prompts_per_step: int = setting(16, "pairs per step over all processes", least=1)
     micro_batch: int = setting(2, "answers per forward pass, two per pair", least=0)
-    lr: float = as_in_virft("lr", 5e-6)
+    lr: float | None = setting(None, "learning rate, decaying to 0; default 5e-6, with --lora_rank 1e-5", above=0)
     warmup_steps: int = as_in_virft("warmup_steps")
     seed: int = setting(0, "seed of the order of the pairs")
     lora_rank: int = as_in_virft("lora_rank", heading="Memory and several GPUs")
     freeze_vision: bool = as_in_virft("freeze_vision")
+    adam_bits: int = as_in_virft("adam_bits")
     shard: bool = as_in_virft("shard")
     workers: int = as_in_virft("workers")
     save_every: int = as_in_virft("save_every", heading="Interruptions")
@@ -554,8 +555,9 @@ def answer_questions(run: Run, questions: list[Question], numbers: list[int], pr
     cfg, G = run.cfg, run.cfg.answers
     with run.autocast():
         inputs = run.collate(prompts)
-        noise = sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, cfg.max_completion_tokens).to(run.device)
-        ids, _ = sample(run.model, inputs, G, noise, cfg.max_completion_tokens, run.eos, **run.distribution)
+        limit = cfg.max_completion_tokens
+        noise = sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, limit).to(run.device)
+        ids, _ = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution, capture=run.capture)
         ends = torch.isin(ids, run.eos)
         mask = completion_mask(ids, run.eos) & ~ends
         attention, perplexity = look(run.model, inputs, ids, mask, G, cfg.layer, run.distribution["forbidden"])
@@ -753,7 +755,11 @@ def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
 
 def parse_train(argv: Sequence[str]) -> TrainConfig:
     cfg = parse(TrainConfig, argv, prog="mia_dpo.py train", usage="%(prog)s --pairs FILE --model NAME [flags]")
-    obey(cfg, [out_rule(cfg, may_exist=cfg.resume)])
+    cfg.lr = cfg.lr or (1e-5 if cfg.lora_rank else 5e-6)
+    obey(cfg, [
+        out_rule(cfg, may_exist=cfg.resume),
+        ("adam_bits", not (cfg.adam_bits == 8 and cfg.shard), "32 with --shard"),
+    ])  # fmt: skip
     return cfg
 
 

@@ -8,6 +8,8 @@
 #   bash run.sh controls                 what the demo's gain is compared with
 #   bash run.sh breakages                the demo, broken in four ways: what each does to the curve
 #   bash run.sh reproduce --data DIR     few-shot COCO as in the paper: evaluate, train 200 steps, evaluate; a row each
+#   bash run.sh prove [--data DIR]       on a GPU: seconds, memory and TRL beside it in 30 minutes; a table row to send in
+#   bash run.sh flash-attn               compile flash-attn for this GPU (it may take an hour); used where it is installed
 #   bash run.sh test [pytest arguments]  the tests; -m slow runs the long ones
 #   bash run.sh --task coco --data DIR --model NAME ...     your own training: accelerate launch virft.py ...
 set -euo pipefail
@@ -134,8 +136,10 @@ case "${1:-demo}" in
     demo) shift || true; export HF_HUB_OFFLINE=1; demo "$@" ;;
     controls | breakages) export HF_HUB_OFFLINE=1; python "demo/$1.py" "${@:2}" ;;
     reproduce) shift; reproduce "$@" ;;
+    prove) shift; python bench/prove.py "$@" ;;
+    flash-attn) python -m pip install ninja wheel && python -m pip install --no-build-isolation "$(pinned flash-attn)" ;;
     # Two workers, each with whole files, whose fixtures are made once; -n 0 runs everything in one process.
     test) shift; OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" ;;
     --*) launch virft.py "$@" ;;
-    *) sed -n '2,12p' run.sh | cut -c3-; exit 2 ;;
+    *) sed -n '2,14p' run.sh | cut -c3-; exit 2 ;;
 esac

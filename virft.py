@@ -112,12 +112,13 @@ class Config:
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
     micro_batch: int = setting(0, "completions per training pass; 0: G; above G: multiples of G", least=0)
-    lr: float = setting(1e-6, "learning rate, decaying linearly to 0", above=0)
+    lr: float | None = setting(None, "learning rate, decaying to 0; default 1e-6, with --lora_rank 1e-5", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
 
     lora_rank: int = setting(0, "rank of adapters on the language model; 0: none", "Memory and several GPUs", least=0)
     freeze_vision: bool = setting(False, "train the language model only; implied by --lora_rank")
+    adam_bits: int = setting(32, "bits of each moment of AdamW; 8 needs bitsandbytes", choices=(32, 8))
     shard: bool = setting(False, "divide weights, gradients and optimizer among the processes (FSDP2)")
     workers: int = setting(2, "processes per GPU that open and resize images ahead of the step", least=0)
 
@@ -133,6 +134,7 @@ class Config:
     report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
 
 
+AUTOCAST = "cuda"  # devices that compute in bf16; tests rehearse a GPU's dtypes with "cpu"
 FLOAT32_BLOCK = 2**25  # logits that are float32 at once: 128 MiB
 LOOK_EVERY = 16  # tokens after which the sampler checks which rows have ended; each check synchronizes with the GPU
 MAX_GRAD_NORM = 1.0  # the paper's
@@ -227,6 +229,18 @@ def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
     return torch.cat([torch.rand(group_size, max_tokens, dtype=torch.float64, generator=g) for g in generators])
 
 
+class RoomLayer(StaticLayer):
+    """A static layer that stores keys and values in the dtype that attention computes in.
+
+    Under autocast rotary embeddings return float32 keys, which attention rounds to bf16 whenever it reads them.
+    """
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if torch.is_autocast_enabled(device := keys.device.type):
+            keys, values = (x.to(torch.get_autocast_dtype(device)) for x in (keys, values))
+        return super().update(keys, values, *args, **kwargs)
+
+
 def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
     """Turn each cache layer that grows into a static one with room for `tokens` more, whose memory stays in place."""
     # Layers of cross attention store images and do not grow. Sliding layers become plain ones, with the window in the
@@ -234,7 +248,7 @@ def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
     crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicLayer) and i not in crossing:
-            cache.layers[i] = StaticLayer(layer.keys.shape[-2] + tokens)
+            cache.layers[i] = RoomLayer(layer.keys.shape[-2] + tokens)
             cache.layers[i].update(layer.keys, layer.values)
 
 
@@ -258,16 +272,28 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
 
+def draw(logp: Tensor, u: Tensor | None) -> Tensor:
+    """Draw a token for each row of log-probabilities [N, V] by uniform numbers u [N]; None: take the most probable."""
+    if u is None:
+        return logp.argmax(-1)
+    # Take the first token whose cumulative probability exceeds u. In float64: a float32 sum over 150,000 tokens rounds
+    # rare ones away. u is scaled by the last sum (1 up to rounding), so the index is always below V. Without
+    # right=True, u = 0 could draw a token of probability 0.
+    cdf = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+
+
 def sample(
     model: nn.Module, inputs: dict[str, Tensor], group_size: int, noise: Tensor | None, max_tokens: int, eos: Tensor,
-    temperature: float, forbidden: Tensor,
+    temperature: float, forbidden: Tensor, capture: Callable = lambda step: step,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sample G completions of each of B prompts; return token ids and, to compare, log-probabilities, both [B * G, C].
+    """Sample G completions of each of B prompts; return their token ids and log-probabilities, both [B * G, C].
 
     noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its
     first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
     more: dropping copies the cache of all others, so it has to pay. In between, shapes are constant, nothing
-    synchronizes with the GPU, and all changes are in place, which is what CUDA graphs ask for.
+    synchronizes with the GPU, and all changes are in place, so that `capture` may record the step and return a
+    function that repeats it faster (extras/graph.py); by default the step itself is called.
     """
     B, P = inputs["input_ids"].shape
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
@@ -280,24 +306,16 @@ def sample(
     prefix = fork(prompts._replace(mask=F.pad(prompts.mask.bool(), (0, max_tokens))), rows // group_size)
     del prompts  # and its B rows of cache
 
-    def draw() -> Tensor:
+    def choose() -> Tensor:
         logp = log_distribution(prefix.logits, temperature, forbidden)
-        if noise is None:
-            token = logp.argmax(-1)
-        else:
-            # Take the first token whose cumulative probability exceeds the noise. In float64: a float32 sum over
-            # 150,000 tokens rounds rare ones away. The noise is scaled by the last sum (1 up to rounding), so the index
-            # is always below V. Without right=True, noise 0 could draw a token of probability 0.
-            cdf = logp.double().exp().cumsum(-1)
-            token = torch.searchsorted(cdf, noise[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
-        token = torch.where(ended[rows], eos[0], token)
+        token = torch.where(ended[rows], eos[0], draw(logp, None if noise is None else noise[rows, t]))
         ids[rows, t] = token
         logps[rows, t] = logp.gather(1, token[:, None])[:, 0].masked_fill(ended[rows], 0.0)
         ended[rows] = torch.isin(token, eos)
         return token
 
     def step() -> None:
-        token = draw()
+        token = choose()
         prefix.mask.index_fill_(1, P + t, True)
         seen = visible(model, prefix.cache, prefix.mask, P + t)
         text = {"input_ids": token[:, None], "attention_mask": seen, "position_ids": prefix.position + t}
@@ -305,16 +323,18 @@ def sample(
         prefix.logits.copy_(out.logits[:, -1])
         t.add_(1)
 
+    advance = capture(step)
     for done in range(1, max_tokens):
-        step()
+        advance()
         if done % LOOK_EVERY == 0:
             going = (~ended[rows]).nonzero().squeeze(1)
             if len(going) == 0:
                 break
             if 2 * len(going) <= len(rows):
                 prefix, rows = fork(prefix, going), rows[going]
+                advance = capture(step)  # anew: other tensors, of another shape
     else:
-        draw()
+        choose()
     # At least two columns: `branch` gets all tokens but the last, and with --shard each process must call it with some.
     C = max(2, int(completion_mask(ids, eos).sum(1).max()))
     return ids[:, :C], logps[:, :C]
@@ -505,6 +525,7 @@ class Rollout(NamedTuple):
 
     prompts: list[Prompt]
     ids: Tensor  # [N, C]
+    logp: Tensor  # [N, C], log-probabilities at sampling, for the metric sampler_gap only
     mask: Tensor  # [N, C], completion_mask
     truncated: Tensor  # [N], True where no EOS came within the limit
     texts: list[str]  # N
@@ -532,22 +553,24 @@ class MicroBatch(NamedTuple):
     mask: Tensor  # [n, C], the tokens that are trained
     weights: Tensor | None = None  # [n, C]
     advantages: Tensor | None = None  # [n]
-    logp_old: Tensor | None = None  # [n, C], filled in the first inner epoch
+    logp_sampled: Tensor | None = None  # [n, C], the sampler's
+    logp_old: Tensor | None = None  # [n, C], the scorer's, filled in the first inner epoch
     logp_ref: Tensor | None = None  # [n, C]; None without a KL term
 
 
 def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     """Take items 2 to 4 of the list at the top: sample, reward, compare. A group is never split among processes."""
     cfg, G = run.cfg, run.cfg.group_size
-    with run.timer("sample"), torch.no_grad(), run.autocast(), run.gathered():
+    with run.timer("sample"), run.sampling(), run.gathered():
         # The 0 is the round, see data.draw_examples. The slot: of few examples one can come twice in a step.
         keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         inputs, limit = run.collate(prompts), cfg.max_completion_tokens
         # The sampler's log-probabilities are not used as log pi_old: decoding rounds differently than scoring (bf16:
-        # about 0.03 nats a token), which rho would mistake for a change of the policy. As log pi_old `update` takes the
-        # scorer's, so rho starts at exactly 1; that tokens were drawn with the other rounding is not corrected.
-        ids, _ = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution)
+        # about 0.03 nats a token; metric sampler_gap), which rho would mistake for a change of the policy. As
+        # log pi_old `update` takes the scorer's, so rho starts at exactly 1; that tokens were drawn with the other
+        # rounding is not corrected.
+        ids, logp = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution, capture=run.capture)
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
     parts = {
@@ -559,7 +582,7 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     # Truncated completions stay in the group's mean. They usually earn little: without them the mean would rise, and
     # the advantage of completions that ended would fall.
     advantages = group_advantages(rewards, scale).flatten().to(run.device)
-    return Rollout(prompts, ids, mask, truncated, texts, parts, rewards, advantages)
+    return Rollout(prompts, ids, logp, mask, truncated, texts, parts, rewards, advantages)
 
 
 def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
@@ -575,8 +598,9 @@ def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
     for start in range(0, len(ro.prompts), at_once):
         prompts, rows = ro.prompts[start : start + at_once], slice(start * G, (start + at_once) * G)
         C = max(2, int(ro.mask[rows].sum(1).max()))
-        ids, mask, w = ro.ids[rows, :C], counted[rows, :C], weights[rows, :C]
-        batch = MicroBatch(prompts, run.collate(prompts), ids, mask, w, ro.advantages[rows], torch.zeros_like(w))
+        ids, mask, w, logp = (x[rows, :C] for x in (ro.ids, counted, weights, ro.logp))
+        A, inputs = ro.advantages[rows], run.collate(prompts)
+        batch = MicroBatch(prompts, inputs, ids, mask, w, A, logp_sampled=logp, logp_old=torch.zeros_like(logp))
         parts.append(batch._replace(logp_ref=run.reference_logps(batch)))
     return parts, divisor
 
@@ -601,10 +625,12 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                     # up to 0. Its gradient, the mean of -A grad log pi_theta, is not 0.
                     batch.logp_old[rows] = logp.detach()
                 mask, logp_ref = batch.mask[rows], None if batch.logp_ref is None else batch.logp_ref[rows]
+                gap = (batch.logp_old[rows] - batch.logp_sampled[rows]).abs()
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
                 loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
                 metrics.add("loss", loss.detach(), 0)  # its count, the divisor, follows once per epoch
-                for name, values in {"kl": kl, "clip_fraction": clipped, "entropy": entropy}.items():
+                found = {"kl": kl, "clip_fraction": clipped, "entropy": entropy, "sampler_gap": gap}
+                for name, values in found.items():
                     metrics.add(name, values[mask].sum(), mask.sum())
                 return loss / divisor
 
@@ -730,6 +756,7 @@ class Run:
     rewards: dict[str, tuple[Callable, float]]  # by name: reward(completion, solution) and weight
     eos: Tensor  # ids that end a completion
     distribution: dict[str, Any]  # temperature and forbidden ids, the same for sampler and scorer
+    capture: Callable  # makes the sampler's step faster, see `sample`
     done: int  # steps that have been taken
     bar: Any = None  # the progress bar of `steps`
     whole: bool = True  # False while a step is partly applied to weights and moments
@@ -754,11 +781,18 @@ class Run:
 
     def autocast(self):
         """Compute in bf16 on GPUs. Trained weights stay float32; bf16 copies are cached until the context ends."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == AUTOCAST)
 
     def gathered(self):
         """Gather shards once for everything inside, not at every token."""
         return extra("shards", "--shard").gathered(self.model) if self.cfg.shard else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def sampling(self):
+        """Set the model up for `sample`: no gradients, bf16 on GPUs, an attention that takes the masks of `visible`."""
+        flash = extra("flash")
+        with torch.no_grad(), self.autocast(), flash.paused(self.model) if flash else contextlib.nullcontext():
+            yield
 
     def chunks(self, batch: MicroBatch, unit: int = 1) -> Sequence[Tensor]:
         """Divide a micro-batch into chunks of --micro_batch rows; `unit` rows stay together (DPO's pairs)."""
@@ -826,10 +860,27 @@ def pretrained(auto: Any, model: str, **settings) -> Any:
         return auto.from_pretrained(name, revision=revision or None, **settings)
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_model(name: str, dtype: Any, device: torch.device) -> nn.Module:
     """Load a model in eval mode, which it never leaves: dropout would make sampler and scorer two policies."""
-    model = pretrained(transformers.AutoModelForImageTextToText, name, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device).eval()
+    settings = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa"}
+    return pretrained(transformers.AutoModelForImageTextToText, name, **settings).eval()
+
+
+def cast_frozen(model: nn.Module) -> None:
+    """Store frozen weights in bf16 where autocast rounds them to bf16 anyway (Linear, Conv), in float32 elsewhere.
+
+    So pi_ref computes exactly what pi_theta computes before its first update, and the KL starts at exactly 0.
+    """
+    exact = set()  # also an embedding that is the output layer, too
+    for part in model.modules():
+        if not isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            exact.update(part.parameters(recurse=False))
+        if isinstance(part, transformers.PreTrainedModel):
+            # transformers calls the dtype of the first parameter the model's, and some families cast activations to it.
+            exact.add(next(part.parameters()))
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(torch.float32 if p in exact else torch.bfloat16)
 
 
 def load_processor(cfg: Any, coordinates: str) -> tuple[Any, data.Fit, str, int]:
@@ -893,30 +944,54 @@ def build(
 ) -> Run:  # fmt: skip
     """Load policy, reference and optimizer. Trained weights are float32: bf16 would round away updates of size 1e-6."""
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
+    bf16, shard, memory, graph = device.type == AUTOCAST, trains and cfg.shard, extra("memory"), extra("graph")
+    flash = extra("flash")
     if trains and cfg.resume:
         saved = extra("checkpoints", "--resume").find(cfg, prompts.examples)
-    frozen = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if device.type == "cuda" and memory:
+        config, has = pretrained(transformers.AutoConfig, cfg.model), torch.cuda.get_device_properties(device)
+        n, has = accelerator.num_processes, has.total_memory
+        say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen, has))
+
+    def placed(model: nn.Module) -> nn.Module:
+        if bf16:
+            cast_frozen(model)
+        if flash and trains:
+            flash.use(model, device)
+        if shard:
+            extra("shards", "--shard").shard(model, torch.bfloat16 if bf16 else None)
+        return model
+
     source = saved.model if saved and not cfg.lora_rank else cfg.model
-    model = load_model(source, torch.float32 if trains and not cfg.lora_rank else frozen, device)
+    # A model that is not trained itself is loaded in the dtype of its checkpoint: bf16 takes half of the memory.
+    dtype = torch.float32 if not bf16 or trains and not cfg.lora_rank else "auto"
+    model = load_model(source, dtype, device).requires_grad_(trains)
     if trains:
         if getattr(model, "hf_quantizer", None):
             raise SystemExit(f"model {source} is quantized: it cannot be trained and saved; take the original weights")
         if cfg.lora_rank:
             adapters = extra("adapters", "--lora_rank").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
         elif cfg.freeze_vision:
-            extra("adapters", "--freeze_vision").freeze_vision(model, None if cfg.shard else frozen)
+            extra("adapters", "--freeze_vision").freeze_vision(model)
+        if cfg.micro_batch and memory:
+            memory.checkpoint_vision(model)
+    placed(model)
+    if trains:
         if cfg.beta and not adapters:
-            reference = load_model(cfg.model, frozen, device).requires_grad_(False)
-        if cfg.shard:
-            extra("shards", "--shard").shard(model, reference, adapters)
+            reference = placed(load_model(cfg.model, torch.float32, device).requires_grad_(False))
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, **ADAM, fused=True)
+        if cfg.adam_bits == 8:
+            optimizer = extra("memory", "--adam_bits 8").adamw_8bit(trained, lr=cfg.lr, **ADAM)
+        else:
+            optimizer = torch.optim.AdamW(trained, lr=cfg.lr, **ADAM, fused=True)
         if saved:
             saved.restore(model, optimizer, accelerator.is_main_process)
     special = special_tokens(model, prompts.processor)
     eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=device) for ids in special)
     distribution, done = {"temperature": temperature, "forbidden": forbidden}, saved.step if saved else 0
-    return Run(cfg, accelerator, prompts, model, reference, adapters, optimizer, rewards, eos, distribution, done)
+    capture = graph.Graphs().capture if device.type == "cuda" and graph and not shard else lambda step: step
+    loaded = (model, reference, adapters, optimizer, rewards, eos, distribution, capture)
+    return Run(cfg, accelerator, prompts, *loaded, done)
 
 
 def start(cfg: Config) -> Run:
@@ -999,33 +1074,49 @@ def guarded(run: Run) -> Iterator[Callable[[], bool]]:
 
 
 def save_model(run: Run) -> None:
-    """Write OUT/model atomically. Call this last: it merges adapters and casts the weights to their original dtype."""
-    folder, weights = Path(run.cfg.out) / "model", None
-    new, old = folder.with_name("model.unfinished"), folder.with_name("model.old")
+    """Write OUT/model atomically, cast to the dtype of --model; with LoRA OUT/adapters, and OUT/model is float32.
+
+    Adapters are merged into a float32 copy of --model, because bf16 would round most of what they learned away.
+    """
+    out, weights, model = Path(run.cfg.out), None, run.model
+    if run.cfg.shard and not run.adapters:  # every process takes part, the main one gets the weights
+        weights = extra("shards", "--shard").whole_weights(model, run.main)
     dtype = pretrained(transformers.AutoConfig, run.cfg.model).dtype or torch.float32
     if run.adapters:
-        run.adapters.merge_and_unload()
-    if run.cfg.shard:  # every process takes part, the main one gets the weights
-        weights = extra("shards", "--shard").whole_weights(run.model, run.main)
-    if run.main:
-        if old.exists() and not folder.exists():  # killed between the two renames below
-            old.rename(folder)
-        shutil.rmtree(new, ignore_errors=True)
-        run.model.to(dtype).save_pretrained(new, state_dict=weights and {n: w.to(dtype) for n, w in weights.items()})
+        learned = extra("adapters").learned(run.adapters, run.main)
+        if run.main:
+            replace_folder(out / "adapters", lambda new: run.adapters.save_pretrained(new, state_dict=learned))
+            base = load_model(run.cfg.model, torch.float32, torch.device("cpu"))
+            dtype, model = torch.float32, extra("adapters").merged(base, run.adapters, learned)
+
+    def write_model(new: Path) -> None:
+        model.to(dtype).save_pretrained(new, state_dict=weights and {n: w.to(dtype) for n, w in weights.items()})
         run.prompts.processor.save_pretrained(new)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        print(f"the model after {run.done} of {run.cfg.steps} steps is in {folder}", flush=True)
+
+    if run.main:
+        replace_folder(out / "model", write_model)
+        print(f"the model after {run.done} of {run.cfg.steps} steps is in {out / 'model'}", flush=True)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder next to its place, then rename it: readers find the old one or the new one, never a part."""
+    new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
+    if old.exists() and not folder.exists():  # killed between the two renames below
+        old.rename(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    write(new)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def answer(run: Run, prompts: list[Prompt]) -> list[str]:
     """Return the policy's most probable answers, one to each prompt, by the sampler of training."""
     inputs, limit = run.collate(prompts), run.cfg.max_completion_tokens
-    with torch.no_grad(), run.autocast():
-        ids, _ = sample(run.model, inputs, 1, None, limit, run.eos, **run.distribution)
+    with run.sampling():
+        ids, _ = sample(run.model, inputs, 1, None, limit, run.eos, **run.distribution, capture=run.capture)
     return run.decode(ids, completion_mask(ids, run.eos))
 
 
@@ -1084,6 +1175,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
     usage = "accelerate launch virft.py --task TASK --data DIR --model NAME [flags]"
     cfg = parse(Config, argv, usage=usage, description="ViRFT: GRPO for vision-language models with verifiable rewards")
+    # The change of a bf16 weight survives rounding only if it is large enough, and adapters are merged once at the end.
+    cfg.lr = cfg.lr or (1e-5 if cfg.lora_rank else 1e-6)
     for flag, module in (("save_every", "checkpoints"), ("eval_every", "evaluate")):
         if getattr(cfg, flag):
             extra(module, f"--{flag}")  # now, not at the step that needs it
@@ -1093,6 +1186,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         ("clip", len(cfg.clip) in (1, 2) and cfg.clip[0] < 1, "one or two numbers, the first below 1"),
         ("resume", not (cfg.resume and evaluates), "false with --eval_only and --ask"),
         ("check", not (cfg.check and evaluates), "false with --eval_only and --ask"),
+        ("adam_bits", not (cfg.adam_bits == 8 and cfg.shard), "32 with --shard"),
         ("ask", cfg.categories or not (cfg.ask and TASKS[cfg.task].asks_for), "together with --categories"),
         out_rule(cfg, may_exist=cfg.ask or cfg.check or cfg.resume or unfinished),
     ])  # fmt: skip

@@ -56,6 +56,16 @@ def qwen2_5_vl_3b(**special: int):
     return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
 
 
+def qwen2_vl_7b(**special: int):
+    """For bench/memory.py."""
+    text = TEXT | {
+        "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4,
+    }  # fmt: skip
+    vision = VISION | {"embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4}
+    return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **special)
+
+
 SHAPES = {"Qwen2-VL-2B": qwen2_vl_2b, "Qwen2.5-VL-3B": qwen2_5_vl_3b}
 PROCESSORS = {"Qwen2-VL-2B": "Qwen2VLProcessor", "Qwen2.5-VL-3B": "Qwen2_5_VLProcessor"}
 

@@ -1,113 +1,176 @@
-"""Compute by a formula how much GPU memory a run needs; no GPU is needed or used.
+"""Compute how much GPU memory a run needs, and compare the formula with what PyTorch allocates; no GPU is needed.
 
-    python bench/memory.py                           # the README's table
+    python bench/memory.py                  # the tables of docs/gpus.md, by the formula of extras/memory.py
+    python bench/memory.py --measure        # the same flags on a small Qwen2-VL on the CPU, in a GPU's dtypes: formula
+                                            # against the peak that torch.profiler's memory events show, in minutes
 
-Bytes at the peak of the training pass, with T trained and F frozen parameters on each of n processes:
-
-    states        16 T (float32 weight, gradient, two moments) + 2 F (bf16; with --shard float32, 4 F)
-                  + 2 R (reference, bf16); with --shard all of it / n
-    casts         2 T, the bf16 copies of trained matrices that autocast makes and the backward pass keeps
-    prompt        activations of P tokens and, if the vision tower is trained, of its patches, see below
-    completions   m x C tokens, m = --micro_batch or all G x prompts_per_forward: activations, logits and their
-                  gradient (4 V per token), and the forked cache, 4 k L per token of (2 P + C)
-    log-softmax   a few float32 blocks of 2^25 numbers, whatever the length: 0.5 GB
-
-Activations that autograd keeps, counted on Qwen2-VL layers under bf16 autocast (tests/test_scale.py checks the count):
-37 h + 8 f bytes per token and text layer (h hidden size, f width of the MLP), 47 d per patch and vision block (d width
-of the vision tower). A frozen vision tower keeps none. V is the vocabulary, k the key width over all heads and L the
-number of text layers. With --shard, each process first loads the whole model and reads one prompt with it. For
-sampling, each process gathers all weights of one model and their bf16 copies, 6 T.
+Prompts have P = patches / 4 + 110 tokens: our detection prompt has about 110 tokens of text.
 """
 
+import argparse
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from virft import FLOAT32_BLOCK  # noqa: E402
+import virft  # noqa: E402
+from bench import gpu  # noqa: E402
+from extras import memory  # noqa: E402
 
-TEXT_H, TEXT_F, VISION_D = 37, 8, 47
-LOG_SOFTMAX = 4 * 4 * FLOAT32_BLOCK
-GB = 1e9
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Hold the sizes of a model that the formula needs: parameters, text sizes, vision sizes."""
-
-    name: str
-    parameters: float
-    vision_parameters: float
-    layers: int
-    hidden: int
-    mlp: int
-    kv: int  # key width over all heads
-    vocabulary: int
-    blocks: int
-    vision_width: int
-
-
-SHAPES = (
-    Shape("Qwen2-VL-2B", 2.21e9, 0.67e9, 28, 1536, 8960, 256, 151_936, 32, 1280),
-    Shape("Qwen2.5-VL-3B", 3.75e9, 0.67e9, 36, 2048, 11_008, 256, 151_936, 32, 1280),
-    Shape("Qwen2-VL-7B", 8.29e9, 0.68e9, 28, 3584, 18_944, 512, 152_064, 32, 1280),
+PIXELS = 401_408  # --max_pixels' default: 2048 patches, P 622
+FLAGS = (  # of virft.py, and processes
+    ({}, 1),
+    ({"max_completion_tokens": 256}, 1),
+    ({"micro_batch": 2}, 1),
+    ({"micro_batch": 2, "beta": 0.0}, 1),
+    ({"micro_batch": 2, "adam_bits": 8}, 1),
+    ({"micro_batch": 2, "freeze_vision": True, "beta": 0.0}, 1),
+    ({"micro_batch": 2, "freeze_vision": True, "beta": 0.0, "adam_bits": 8}, 1),
+    ({"micro_batch": 2, "lora_rank": 16}, 1),
+    ({"micro_batch": 1, "lora_rank": 16, "max_pixels": 200_704}, 1),
+    ({"micro_batch": 1, "shard": True}, 8),
 )
+CONFIGS = {"Qwen2-VL-2B": gpu.qwen2_vl_2b, "Qwen2.5-VL-3B": gpu.qwen2_5_vl_3b, "Qwen2-VL-7B": gpu.qwen2_vl_7b}
+CARDS = (24, 48)  # GB
 
 
-def text_activations(shape: Shape, tokens: int) -> float:
-    return tokens * shape.layers * (TEXT_H * shape.hidden + TEXT_F * shape.mlp)
+def needs(config: object, flags: dict, processes: int) -> dict[str, float]:
+    cfg = replace(virft.Config(), **flags)
+    patches = min(cfg.max_pixels, PIXELS) // 14**2
+    return memory.needed(cfg, config, virft.cast_frozen, patches // 4 + 110, patches, True, processes)
 
 
-def gigabytes(
-    shape: Shape, G: int, C: int, micro_batch: int = 0, lora: float = 0.0, freeze_vision: bool = False,
-    beta: float = 0.04, processes: int = 1, shard: bool = False, max_pixels: int = 401_408,
-) -> float:  # fmt: skip
-    """Return the peak of one training forward and backward with one prompt, in GB.
+def words(flags: dict, processes: int = 1) -> str:
+    shown = " ".join(f"--{name} {str(value).lower()}" for name, value in flags.items()) or "(defaults)"
+    return f"`{shown}`" + (f", {processes} processes" if processes > 1 else "")
 
-    lora: number of parameters of the adapters, 0 for none.
-    """
-    trained = lora or shape.parameters - (shape.vision_parameters if freeze_vision else 0)
-    frozen = shape.parameters + lora - trained
-    reference = shape.parameters if beta and not lora else 0
-    n = processes if shard else 1
-    states = (16 * trained + (4 if shard else 2) * frozen + 2 * reference) / n
-    gathered = (4 + 2) * trained if shard else 0  # float32 weights and their bf16 copies
-    patches = max_pixels // 14**2
-    prompt_tokens = patches // 4 + 110  # our detection prompt has about 110 tokens of text
-    prompt = text_activations(shape, prompt_tokens)
-    if not (lora or freeze_vision):
-        prompt += patches * shape.blocks * VISION_D * shape.vision_width
-    rows = min(micro_batch or G, G)
-    completions = rows * (
-        text_activations(shape, C) + 4 * shape.vocabulary * C + 4 * shape.kv * shape.layers * (2 * prompt_tokens + C)
+
+def print_tables() -> None:
+    configs = {name: make() for name, make in CONFIGS.items()}
+    print(f"| flags | {' | '.join(configs)} |\n|---|{'---|' * len(configs)}")
+    for flags, processes in FLAGS:
+        cells = [f"{max(needs(config, flags, processes).values()) / 1e9:.0f}" for config in configs.values()]
+        print(f"| {words(flags, processes)} | {' | '.join(cells)} |")
+    print(f"\n| card | {' | '.join(configs)} |\n|---|{'---|' * len(configs)}")
+    for card in CARDS:
+        cells = []
+        for config in configs.values():
+            fits = (
+                (flags, max(needs(config, flags, 1).values()) / 1e9)
+                for flags in memory.REMEDIES
+                if "shard" not in flags
+            )
+            found = next(((flags, need) for flags, need in fits if need < 0.95 * card), None)
+            cells.append(f"{words(found[0])}: {found[1]:.0f}" if found else "nothing")
+        print(f"| {card} GB | {' | '.join(cells)} |")
+
+
+# ------------------------------------------------------------------------------------------------
+# The comparison with PyTorch's allocator.
+
+SMALL = {"P": 254, "grid": (24, 24), "G": 8, "C": 128, "prompts": 2}  # 576 patches of 14 pixels, 144 tokens
+
+
+def small_config() -> transformers.Qwen2VLConfig:
+    """A Qwen2-VL whose parts have about the proportions of the 2B model, twenty times smaller."""
+    text = gpu.TEXT | {
+        "vocab_size": 16_384, "hidden_size": 384, "intermediate_size": 2240, "num_hidden_layers": 8,
+        "num_attention_heads": 6, "num_key_value_heads": 1,
+    }  # fmt: skip
+    text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [8, 12, 12]}
+    vision = {"depth": 8, "num_heads": 5, "embed_dim": 320, "hidden_size": 384, "mlp_ratio": 4}
+    special = {"vision_start_token_id": 1, "vision_end_token_id": 2, "image_token_id": 3, "video_token_id": 4}
+    return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
+
+
+def batch_of(prompts: int) -> dict[str, torch.Tensor]:
+    rows, columns = SMALL["grid"]
+    image = [1, *[3] * (rows * columns // 4), 2]
+    ids = torch.tensor([[*image, *range(100, 100 + SMALL["P"] - len(image))]] * prompts)
+    return {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 3).long(),
+        "pixel_values": torch.randn(prompts * rows * columns, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, rows, columns]] * prompts),
+    }  # fmt: skip
+
+
+def peak(work: object) -> int:
+    """Return the most bytes that PyTorch held at once while `work` ran, beyond those held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes))
+
+
+def measured(folder: Path, flags: dict) -> tuple[dict[str, float], dict[str, float]]:
+    """Return bytes at the peak of sampling and of the second update: by the formula, and as allocated."""
+    virft.AUTOCAST = "cpu"
+    virft.rollout_metrics = lambda run, ro: {}
+    G, C, B = SMALL["G"], SMALL["C"], SMALL["prompts"]
+    argv = [part for name, value in flags.items() for part in (f"--{name}", str(value).lower())]
+    cfg = virft.parse_config(
+        ["--model", str(folder), "--max_completion_tokens", str(C), "--prompts_per_step", str(B), *argv]
     )
-    whole = 4 * (trained + frozen) + prompt if shard else 0  # loading, before the model is divided
-    return (max(states + 2 * trained + prompt + completions, states + gathered, whole) + LOG_SOFTMAX) / GB
+    tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
+    prompts = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer))
+    run = virft.build(cfg, virft.connect(cfg), prompts, {}, trains=True)
+    run.collate = lambda prompts: batch_of(len(prompts))
+    ids, ones = torch.randint(100, 16_000, (B * G, C)), torch.ones(B * G, C)
+    ro = virft.Rollout(
+        [None] * B,
+        ids,
+        ones,
+        ones.bool(),
+        torch.zeros(B * G).bool(),
+        [],
+        {},
+        ones[:, :1].view(B, G),
+        torch.randn(B * G),
+    )
+    virft.update(run, ro)  # the moments exist from now on
+    held = [p for model in (run.model, run.reference) if model for p in model.parameters()]
+    held += [x for state in run.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    base = sum({x.data_ptr(): x.numel() * x.element_size() for x in held}.values())
+
+    def sample() -> None:
+        with torch.no_grad(), run.autocast():
+            noise = torch.rand(B * G, C, dtype=torch.float64)
+            virft.sample(run.model, batch_of(B), G, noise, C, torch.tensor([-1]), **run.distribution)
+
+    found = {"train": base + peak(lambda: virft.update(run, ro)), "sample": base + peak(sample)}
+    patches = SMALL["grid"][0] * SMALL["grid"][1]
+    return memory.needed(cfg, small_config(), virft.cast_frozen, SMALL["P"], patches), found
 
 
-ROWS = (
-    (0, 8, 256, {}, ""),
-    (0, 8, 512, {}, ""),
-    (0, 8, 512, {"micro_batch": 2}, "--micro_batch 2"),
-    (
-        0, 8, 512, {"micro_batch": 2, "freeze_vision": True, "beta": 0.0},
-        "--micro_batch 2 --freeze_vision true --beta 0",
-    ),
-    (0, 8, 512, {"micro_batch": 2, "lora": 18e6}, "--micro_batch 2 --lora_rank 16"),
-    (1, 8, 512, {"micro_batch": 2}, "--micro_batch 2"),
-    (2, 4, 512, {"micro_batch": 1, "shard": True, "processes": 8}, "--micro_batch 1 --shard true, 8 processes"),
-    (
-        2, 8, 256, {"micro_batch": 1, "lora": 40e6, "max_pixels": 200_704},
-        "--micro_batch 1 --lora_rank 16 --max_pixels 200704",
-    ),
-)  # fmt: skip
+def print_measured() -> None:
+    print(
+        f"Qwen2-VL with {SMALL}, MB: formula / allocated\n\n| flags | train | ratio | sample | ratio |\n|---|---|---|---|---|"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageTextToText.from_config(small_config(), dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        for flags, _ in FLAGS:
+            if "shard" in flags or "max_completion_tokens" in flags:
+                continue
+            formula, found = measured(Path(folder), {k: v for k, v in flags.items() if k != "max_pixels"})
+            cells = [
+                f"{formula[phase] / 1e6:.0f} / {found[phase] / 1e6:.0f} | {formula[phase] / found[phase]:.2f}"
+                for phase in ("train", "sample")
+            ]
+            print(f"| {words(flags)} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
-    print("| model | G | completion | flags | GB per GPU |\n|---|---|---|---|---|")
-    for index, G, C, settings, flags in ROWS:
-        shape = SHAPES[index]
-        print(f"| {shape.name} | {G} | {C} | `{flags or '(defaults)'}` | {gigabytes(shape, G, C, **settings):.0f} |")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="compare the formula with PyTorch's allocator")
+    print_measured() if parser.parse_args().measure else print_tables()
 
 
 if __name__ == "__main__":

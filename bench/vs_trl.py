@@ -142,7 +142,8 @@ def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, **setti
         gradient_accumulation_steps=prompts, max_completion_length=C, beta=0.04, learning_rate=1e-6,
         max_steps=steps + 1, loss_type="grpo", temperature=1.0, gradient_checkpointing=False,
         optim="adamw_torch_fused", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        generation_kwargs={"suppress_tokens": eos + forbidden},
+        # vLLM has another way to keep completions equally long.
+        generation_kwargs={"ignore_eos": True} if "use_vllm" in settings else {"suppress_tokens": eos + forbidden},
         **settings,
     )  # fmt: skip
 
@@ -153,10 +154,10 @@ def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, **setti
     return GRPOTrainer(model, any_reward, args=config, train_dataset=dataset, processing_class=processor)
 
 
-def theirs(folder: Path, C: int, G: int, prompts: int, steps: int, meter: type[Meter]) -> dict:
+def theirs(folder: Path, C: int, G: int, prompts: int, steps: int, meter: type[Meter], **settings) -> dict:
     from transformers import TrainerCallback
 
-    trainer = make_trainer(folder, C, G, prompts, steps)
+    trainer = make_trainer(folder, C, G, prompts, steps, **settings)
     times, lengths, phases, widths = [], [], [], []
 
     def now() -> float:

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from extras.hub import loading
+from extras.shards import whole_weights
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -14,16 +15,11 @@ def language_model(model: nn.Module) -> nn.Module:
     return next(module for module in model.modules() if embedding in module.children())
 
 
-def freeze_vision(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Freeze the vision tower and the projector, and convert them to `dtype` (None: leave the dtype as it is).
-
-    Everything outside the language model and the output embedding is frozen.
-    """
+def freeze_vision(model: nn.Module) -> None:
+    """Freeze everything outside the language model and the output embedding: the vision tower and the projector."""
     kept = {id(p) for part in (language_model(model), model.get_output_embeddings()) for p in part.parameters()}
     for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(dtype or parameter.dtype)
+        parameter.requires_grad_(id(parameter) in kept)
 
 
 def add(model: nn.Module, rank: int, seed: int, saved: str | None) -> Any:
@@ -40,3 +36,17 @@ def add(model: nn.Module, rank: int, seed: int, saved: str | None) -> Any:
     layers = [name for name, module in model.named_modules() if module in inside and isinstance(module, nn.Linear)]
     torch.manual_seed(seed)  # adapters are the only randomly initialized weights
     return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers))
+
+
+def learned(adapters: Any, main: bool) -> dict[str, Tensor]:
+    """Return the adapters' weights on the main process; with --shard every process must call this."""
+    return whole_weights(adapters, main, only="lora_")
+
+
+def merged(base: nn.Module, adapters: Any, weights: dict[str, Tensor]) -> nn.Module:
+    """Add adapters with these weights to another copy of the model that they were trained on; return it."""
+    import peft
+
+    copy = peft.get_peft_model(base, adapters.peft_config["default"])
+    peft.set_peft_model_state_dict(copy, peft.get_peft_model_state_dict(adapters, state_dict=weights))
+    return copy.merge_and_unload()

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from extras.adapters import learned
 from extras.shards import whole_weights
 
 KEEP = 2  # newest checkpoints to keep: if one is damaged, there is another
@@ -61,7 +62,8 @@ class Checkpoint:
             parameter, value = names[name], value.to(names[name].device)
             if isinstance(parameter, DTensor) and value.dim():
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            optimizer.state[parameter][key] = value
+            # 8-bit AdamW counts its steps in a Python integer.
+            optimizer.state[parameter][key] = value if value.dim() or value.is_floating_point() else int(value)
         for name in ("metrics.jsonl", "rollouts.jsonl") if main else ():
             drop_rows_after(self.folder.parents[1] / name, self.step)
 
@@ -96,7 +98,11 @@ def save(run: Any) -> None:
         if run.main:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-        weights = whole_weights(run.model, run.main) if run.cfg.shard else None
+        weights = None
+        if run.adapters:
+            weights = learned(run.adapters, run.main)
+        elif run.cfg.shard:
+            weights = whole_weights(run.model, run.main)
         if run.main:
             (run.adapters or run.model).save_pretrained(new / "model", state_dict=weights)
             if not run.adapters:
@@ -130,9 +136,9 @@ def gathered_moments(run: Any) -> dict[str, Tensor]:
     moments = {}
     for name, parameter in run.model.named_parameters():
         for key, value in run.optimizer.state.get(parameter, {}).items():
-            value = value.full_tensor() if isinstance(value, DTensor) else value
+            value = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
             if run.main:
-                moments[f"{key}/{name}"] = value.to("cpu")
+                moments[f"{key}/{name}"] = value.to("cpu", copy=True)  # 8-bit AdamW shares its tables of values
     return moments
 
 

@@ -7,28 +7,30 @@ not be tested.
 import contextlib
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def shard(policy: nn.Module, reference: nn.Module | None, adapters: object) -> None:
-    """Divide the weights of both models among the processes, block by block; FSDP gathers a block when it is needed.
+def shard(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Divide the weights of a model among the processes, block by block; FSDP gathers a block when it is needed.
 
-    Gradients are summed over processes, as `exchange_gradients` does without --shard; FSDP would average by default.
+    Blocks are gathered and computed in `dtype` (None: float32), and gradients are reduced in float32. They are summed
+    over processes, as `exchange_gradients` does without --shard; FSDP would average by default.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise SystemExit("--shard true: there is one process, and nothing to divide; launch several")
-    if adapters:
-        raise SystemExit("--shard true: not with --lora_rank, whose adapters are small enough to be copied")
-    for model in filter(None, (policy, reference)):
-        for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-            for block in blocks:
-                fully_shard(block)
-        fully_shard(model)
-        for part in parts(model):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    for part in parts(model):
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
+    # Note which parameters are trained now. The first forward would, and it may be one with the adapters switched off.
+    fully_shard.state(model)._lazy_init()
 
 
 def parts(model: nn.Module) -> list[FSDPModule]:
@@ -36,13 +38,15 @@ def parts(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def whole_weights(model: nn.Module, main: bool) -> dict[str, Tensor]:
+def whole_weights(model: nn.Module, main: bool, only: str = "") -> dict[str, Tensor]:
     """Gather the weights on the main process, one tensor at a time; tied weights stay one tensor.
 
-    Every process must call this.
+    Every process must call this. only: a part of the names of the weights to gather.
     """
     weights, written = {}, {}
     for name, tensor in model.state_dict().items():
+        if only not in name:
+            continue
         place = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).data_ptr()
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if main:

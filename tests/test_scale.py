@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 import families
 import virft
-from bench.memory import TEXT_F, TEXT_H, VISION_D
+from extras.memory import TEXT_F, TEXT_H, VISION_D
 from conftest import ROOT, first_prompts
 from demo import warm_start
 from extras.adapters import language_model

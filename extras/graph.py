@@ -1,0 +1,97 @@
+"""Record the sampler's decode step as a CUDA graph.
+
+A decode step launches more than a thousand small kernels. Launched one by one they take longer than they compute; a
+graph launches all at once. It repeats the same kernels on the same memory, so a step can be recorded only if its
+shapes are fixed, its changes are in place, and it never waits for the GPU, which is how virft.sample writes it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+EAGER_STEPS = 3  # before recording: libraries allocate memory, and autocast casts the weights
+CLOSE = 1e-2  # largest difference between a replayed and an eager step, relative and absolute: bf16 rounds to 4e-3
+
+Step = Callable[[], None]
+
+
+def record(step: Step) -> Step:
+    """Record a step as a CUDA graph, without running it; return the function that runs the graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may copy images to the GPU
+        step()
+    return graph.replay
+
+
+class Written(TorchDispatchMode):
+    """Collect the tensors that a step changes in place and that existed before it: what it hands to the next step.
+
+    Keys and values are left out. They are written by index_copy_, and taking a step again writes them to the same place.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: list[Tensor] = []
+        self.known: set[int] = set()  # addresses of these tensors, and of those that the step made itself
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for argument, value in zip(func._schema.arguments, args):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and value.data_ptr() not in self.known and func is not torch.ops.aten.index_copy_.default:
+                self.known.add(value.data_ptr())
+                self.tensors.append(value)
+        self.known.update(x.data_ptr() for x in tree_leaves(out) if isinstance(x, Tensor))
+        return out
+
+
+class Graphs:
+    """Hand out recorded steps. The first replay of each is compared with the step itself; if one differs or cannot be
+    recorded, say so once and stay eager.
+    """
+
+    def __init__(self, record: Callable[[Step], Step] = record):
+        self.record, self.works = record, True
+
+    def capture(self, step: Step) -> Step:
+        """Return a function that takes the same steps: EAGER_STEPS and one as they are, then by replay."""
+        taken, replay, written = 0, None, Written()
+
+        def advance() -> None:
+            nonlocal taken, replay
+            taken += 1
+            if replay:
+                replay()
+            elif taken == EAGER_STEPS:
+                with written:
+                    step()
+            elif taken > EAGER_STEPS and self.works:
+                replay = self.compared(step, written.tensors)
+            else:
+                step()
+
+        return advance
+
+    def compared(self, step: Step, state: list[Tensor]) -> Step | None:
+        """Take one step by replay, then the same step eagerly, which counts; return the replay if both agree."""
+        replay, flaw = None, ""
+        try:
+            replay = self.record(step)
+            before = [x.clone() for x in state]
+            replay()
+            replayed = [x.clone() for x in state]
+            for x, value in zip(state, before):
+                x.copy_(value)
+        except RuntimeError as error:  # the step is not recorded, and nothing has been computed
+            flaw = f"cannot be recorded: {str(error).splitlines()[0]}"
+        step()
+        if replay and not all(torch.allclose(x.double(), y.double(), CLOSE, CLOSE) for x, y in zip(state, replayed)):
+            flaw = "differs from the step itself"
+        if flaw:
+            self.works = False
+            print(f"the decode step as a CUDA graph {flaw}; sampling goes on step by step, which is slower", flush=True)
+        return None if flaw else replay

@@ -1,0 +1,159 @@
+"""Forecast the memory of a run before its weights are loaded; checkpointed vision blocks and 8-bit moments save some.
+
+Bytes of one process at the peak of a training pass, for T trained parameters:
+
+    states        4 T weights, 4 T gradients, 8 T moments (2 T with --adam_bits 8); frozen weights and the reference as
+                  virft.cast_frozen stores them. With --shard all of it is divided by the processes
+    casts         2 for each trained weight of Linear and Conv layers, made by autocast once per phase
+    prompts       what autograd keeps of P tokens per prompt, and of its patches if the vision tower is trained
+    completions   what autograd keeps of a chunk's tokens; each completion's copy of the prompt's keys and values, which
+                  SDPA expands to all heads; the logits and their gradient
+    log-softmax   a few float32 blocks of FLOAT32_BLOCK numbers, whatever the length
+
+While sampling: weights, moments, casts, and a static cache of P + C tokens for every completion of the step. The
+constants were counted on Qwen2-VL's layers, and `python bench/memory.py --measure` compares the sum with PyTorch's
+allocator. For other families, and for mixtures of experts, the forecast is rougher.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import data
+from extras.adapters import freeze_vision, language_model
+from extras.hub import loading
+
+GB = 1e9
+# Bytes that autograd keeps of a token in a text layer: TEXT_H x hidden size + TEXT_F x width of the MLP.
+TEXT_H, TEXT_F = 37, 8
+VISION_D = 47  # of a patch in a vision block: VISION_D x width; checkpointed, the 4 of the block's float32 input
+MOMENTS = {32: 8, 8: 2}  # bytes of both moments of a parameter
+
+
+def vision_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of the vision tower: entries of module lists outside the language model that hold a Linear."""
+    inside = set(language_model(model).modules())
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and part not in inside]
+    return [block for blocks in lists for block in blocks if first_linear(block)]
+
+
+def first_linear(block: nn.Module) -> nn.Linear | None:
+    return next((part for part in block.modules() if isinstance(part, nn.Linear)), None)
+
+
+def checkpoint_vision(model: nn.Module) -> int:
+    """Recompute trained vision blocks in the backward pass instead of storing what they compute; return how many.
+
+    Done by hand, because transformers' gradient_checkpointing_enable() does nothing in eval mode.
+    """
+
+    def forward(plain: Callable, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        return checkpoint(plain, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    trained = [block for block in vision_blocks(model) if any(p.requires_grad for p in block.parameters())]
+    for block in trained:
+        block.forward = partial(forward, block.forward)
+    return len(trained)
+
+
+def adamw_8bit(parameters: Sequence[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """Return AdamW with 8-bit moments (arXiv 2110.02861); those of small tensors stay float32."""
+    with loading("--adam_bits", "8"):
+        from bitsandbytes.optim import AdamW8bit
+    return AdamW8bit(parameters, **settings)
+
+
+def needed(
+    cfg: Any, config: Any, cast_frozen: Callable, P: int, patches: int, trains: bool = True, processes: int = 1,
+    float32_block: int = 2**25,
+) -> dict[str, float]:  # fmt: skip
+    """Return the bytes that each process needs in training ("train") and in sampling ("sample").
+
+    cfg: settings of virft.py or mia_dpo.py; config: the model's; prompts of P tokens and `patches` vision patches.
+    """
+    with torch.device("meta"):  # parameters without memory
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    cast_frozen(model.requires_grad_(False))
+    stored, adapters, rank = {p: p.element_size() for p in model.parameters()}, 0, trains and cfg.lora_rank
+    if rank:
+        linear = [part for part in language_model(model).modules() if isinstance(part, nn.Linear)]
+        adapters = sum(rank * (part.in_features + part.out_features) for part in linear)
+    elif trains:
+        model.requires_grad_(True)
+        if cfg.freeze_vision:
+            freeze_vision(model)
+    text, head = config.get_text_config(), model.get_output_embeddings().weight
+    h, layers, V = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    kv = text.num_key_value_heads * (getattr(text, "head_dim", None) or h // text.num_attention_heads)
+    trained = {p for p in model.parameters() if p.requires_grad}
+    T = sum(p.numel() for p in trained) + adapters
+    reference = sum(p.numel() * size for p, size in stored.items()) if trains and cfg.beta and not rank else 0
+    weights = sum(p.numel() * (4 if p in trained else size) for p, size in stored.items()) + 4 * adapters + reference
+    casts = 2 * (sum(p.numel() for p in trained if stored[p] == 2 or p is head) + adapters)
+    G, C = getattr(cfg, "group_size", 2), getattr(cfg, "max_completion_tokens", 512)
+    rows = G * max(1, cfg.prompts_per_step // processes) if trains else processes
+    cache, block = 4 * kv * layers, float32_block
+    sampling = {"casts": casts, "cache": 1.5 * rows * (P + C) * cache, "draw": 30 * rows * V}
+    if not trains:
+        return {"sample": weights + sum(sampling.values())}
+    shards = processes if cfg.shard else 1
+    states = (weights + MOMENTS[cfg.adam_bits] * T) / shards
+    chunk, encoded = cfg.micro_batch or G, max(1, cfg.micro_batch // G)
+    token = layers * (TEXT_H * h + TEXT_F * text.intermediate_size)
+    blocks = [block for block in vision_blocks(model) if not trained.isdisjoint(block.parameters())]
+    widths = [first_linear(block).in_features for block in blocks]
+    patch = 4 * sum(widths) + VISION_D * max(widths, default=0) if cfg.micro_batch else VISION_D * sum(widths)
+    training = {
+        "gradients": 4 * T / shards, "casts": casts, "prompts": encoded * (P * token + patches * patch),
+        "completions": chunk * (C * token + P * 4 * h * layers + (2 * P + C) * cache + 4 * V * C),
+        "log-softmax": 16 * min(block, chunk * C * V),
+    }  # fmt: skip
+    return {"train": states + sum(training.values()), "sample": states + sum(sampling.values())}
+
+
+def patches_of(pixels: Tensor, config: Any) -> int:
+    """Return how many vision patches `pixel_values` hold: one a row, or images [..., height, width]."""
+    if pixels.dim() < 4:
+        return pixels.shape[0] if pixels.dim() == 2 else pixels.shape[0] * pixels.shape[1]
+    size = getattr(config.vision_config, "patch_size", 14)
+    return pixels[..., 0, 0].numel() // 3 * (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
+
+
+REMEDIES = (  # in the order in which they change less of what is learned
+    {"micro_batch": 2},
+    {"micro_batch": 2, "adam_bits": 8},
+    {"micro_batch": 2, "shard": True},
+    {"micro_batch": 2, "freeze_vision": True, "beta": 0.0},
+    {"micro_batch": 2, "freeze_vision": True, "beta": 0.0, "adam_bits": 8},
+    {"micro_batch": 2, "lora_rank": 16},
+    {"micro_batch": 1, "lora_rank": 16, "max_pixels": 200704},
+)
+
+
+def forecast(
+    cfg: Any, config: Any, prompts: Any, trains: bool, processes: int, cast_frozen: Callable, has: float
+) -> str:  # fmt: skip
+    """Describe what a run needs and, if the GPU has less than that, flags with which it would fit.
+
+    prompts: data.Prompts, whose first example is taken as typical; has: the GPU's memory in bytes.
+    """
+    first = data.whole([prompts[0, 0]])[0].inputs
+    P, patches = first["input_ids"].shape[1], patches_of(first["pixel_values"], config)
+    need = max(needed(cfg, config, cast_frozen, P, patches, trains, processes).values())
+    line = f"memory: needs about {need / GB:.0f} GB, this GPU has {has / GB:.0f}"
+    for flags in REMEDIES if trains and need > 0.95 * has else ():
+        if flags.get("shard") and (processes == 1 or cfg.adam_bits == 8) or "beta" in flags and not cfg.beta:
+            continue
+        less = max(needed(replace(cfg, **flags), config, cast_frozen, P, patches, trains, processes).values())
+        if less < 0.95 * has:
+            words = " ".join(f"--{name} {str(value).lower()}" for name, value in flags.items())
+            return f"{line}: {words} needs {less / GB:.0f}"
+    return line

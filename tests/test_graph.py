@@ -1,0 +1,152 @@
+"""The decode step as a CUDA graph, without CUDA: a tape that repeats operations on the same memory stands in for it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import families
+import virft
+from extras import graph
+from families import FAMILIES, batch, prompts
+from test_families import FORBIDDEN, TEMPERATURE, G
+
+EOS = torch.arange(8, 24)  # rows end at different times
+
+
+def reachable(thing, seen: set) -> Iterator[Tensor]:
+    """Every tensor that a step can reach, but for those of the model."""
+    if id(thing) in seen or isinstance(thing, torch.nn.Module):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        yield thing
+    elif callable(thing) and hasattr(thing, "__closure__"):
+        for cell in thing.__closure__ or ():
+            yield from reachable(cell.cell_contents, seen)
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from reachable(value, seen)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            yield from reachable(value, seen)
+    elif hasattr(thing, "__dict__"):
+        yield from reachable(vars(thing), seen)
+
+
+class Tape(TorchDispatchMode):
+    """Note each operation with the memory that it reads and writes; `replay` repeats them there, without Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def record(step) -> Tape:
+    """Record a step; afterwards all memory is as it was before, as with a CUDA graph."""
+    before = [(tensor, tensor.clone()) for tensor in reachable(step, set())]
+    with Tape() as tape:
+        step()
+    for tensor, value in before:
+        tensor.copy_(value)
+    return tape.replay
+
+
+def sampled(name: str, capture=None, tokens: int = 24) -> tuple[Tensor, Tensor]:
+    """Under bf16 autocast, as a rollout on a GPU does."""
+    more = {"capture": capture} if capture else {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        noise = virft.sampling_noise(["a", "b"], G, tokens)
+        return virft.sample(
+            families.model(name), batch(prompts(name)), G, noise, tokens, EOS, TEMPERATURE, FORBIDDEN, **more
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_sampler_in_bf16_differs_from_the_scorer_by_rounding(name):
+    ids, sampled_logp = sampled(name)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logp, _ = families.scored(families.model(name), batch(prompts(name)), ids, TEMPERATURE, FORBIDDEN)
+    gap = (sampled_logp - logp)[virft.completion_mask(ids, EOS)].abs()
+    assert gap.mean() < 0.1, gap.mean()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_recorded_step_samples_the_same_tokens(name, monkeypatch, capsys):
+    """Once per shape, with a step that takes and returns nothing; halving the batch records anew."""
+    monkeypatch.setattr(virft, "LOOK_EVERY", 6)
+    recorded, replays, captured = graph.Graphs(record), [], []
+
+    def counted(step):
+        replay = record(step)
+        replays.append(0)
+
+        def count():
+            replays[-1] += 1
+            replay()
+
+        return count
+
+    recorded.record = counted
+
+    def capture(step):
+        captured.append(step)
+        return recorded.capture(step)
+
+    plain, graphed = sampled(name), sampled(name, capture)
+    assert torch.equal(plain[0], graphed[0])
+    torch.testing.assert_close(plain[1], graphed[1], atol=1e-6, rtol=0)
+    assert recorded.works and capsys.readouterr().out == ""
+    assert 1 <= len(replays) <= len(captured) and replays[0] >= 2, (len(captured), replays)
+    if name == "LLaVA":
+        assert len(captured) == 2, "halved once"
+
+
+@pytest.mark.parametrize(
+    "flaw, says", [("fails", "cannot be recorded: operation not permitted"), ("differs", "differs from the step")]
+)
+def test_what_cannot_be_recorded_goes_on_eagerly_and_says_so_once(flaw, says, capsys):
+    tries = []
+
+    def bad(step):
+        tries.append(step)
+        if flaw == "fails":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        return lambda: None  # a replay that computes nothing
+
+    recorded, plain = graph.Graphs(bad), sampled("LLaVA")
+    for _ in range(2):
+        graphed = sampled("LLaVA", recorded.capture)
+        assert all(map(torch.equal, plain, graphed))
+    assert len(tries) == 1 and not recorded.works
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and says in out
+
+
+def test_a_step_that_freezes_a_number_is_found(capsys):
+    """What the comparison is for: Python's count of tokens, frozen when the step is recorded."""
+    state, taken = torch.zeros(3), 0
+
+    def step():
+        nonlocal taken
+        taken += 1
+        state.add_(taken)
+
+    advance = graph.Graphs(record).capture(step)
+    for _ in range(8):
+        advance()
+    assert "differs" in capsys.readouterr().out
