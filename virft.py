@@ -135,7 +135,7 @@ class Config:
 
 
 AUTOCAST = "cuda"  # devices that compute in bf16; tests rehearse a GPU's dtypes with "cpu"
-FLOAT32_BLOCK = 2**25  # logits that are float32 at once: 128 MiB
+FLOAT32_BLOCK = 2**23  # logits that are float32 at once: 32 MiB
 LOOK_EVERY = 16  # tokens after which the sampler checks which rows have ended; each check synchronizes with the GPU
 MAX_GRAD_NORM = 1.0  # the paper's
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # the paper's
@@ -942,7 +942,10 @@ def connect(cfg: Any) -> Accelerator:
 def build(
     cfg: Any, accelerator: Accelerator, prompts: Prompts, rewards: dict, trains: bool, temperature: float = 1.0
 ) -> Run:  # fmt: skip
-    """Load policy, reference and optimizer. Trained weights are float32: bf16 would round away updates of size 1e-6."""
+    """Load policy, reference and optimizer; prompts, rewards and temperature go into the Run as they are.
+
+    Trained weights are float32: bf16 would round away updates of size 1e-6.
+    """
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
     bf16, shard, memory, graph = device.type == AUTOCAST, trains and cfg.shard, extra("memory"), extra("graph")
     flash = extra("flash")
@@ -950,10 +953,11 @@ def build(
         saved = extra("checkpoints", "--resume").find(cfg, prompts.examples)
     if device.type == "cuda" and memory:
         config, has = pretrained(transformers.AutoConfig, cfg.model), torch.cuda.get_device_properties(device)
-        n, has = accelerator.num_processes, has.total_memory
-        say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen, has))
+        n = accelerator.num_processes
+        say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen, has.total_memory))
 
     def placed(model: nn.Module) -> nn.Module:
+        """Store frozen weights compactly, choose the attention and, with --shard, divide the weights."""
         if bf16:
             cast_frozen(model)
         if flash and trains:
@@ -973,7 +977,7 @@ def build(
             adapters = extra("adapters", "--lora_rank").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
         elif cfg.freeze_vision:
             extra("adapters", "--freeze_vision").freeze_vision(model)
-        if cfg.micro_batch and memory:
+        if memory and (bf16 or cfg.micro_batch):  # by arithmetic 3 GB less for a 2B model, and 2% more time
             memory.checkpoint_vision(model)
     placed(model)
     if trains:

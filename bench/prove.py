@@ -6,21 +6,20 @@
 
 It prints the environment, seconds per phase and peak memory of training next to the forecast of extras/memory.py, the
 same for TRL's GRPOTrainer if it is installed (pip install trl==1.16.0; with vLLM too if that is installed), the rewards
-of twenty steps if --data is given, and a table row. Prompts, pictures and loops are those of bench/vs_trl.py: prompts of
-about 640 tokens, 256 tokens a completion, no EOS. A part that fails or takes too long is reported and left out.
+of twenty steps if --data is given, and a table row. Pictures, questions and loops are those of bench/vs_trl.py: prompts
+of about 640 tokens, 256 tokens a completion, no EOS. A part that fails or takes too long is reported and left out.
 """
 
 import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,8 +45,8 @@ class Config:
     case: str = setting("256,8,16", "completion tokens, G, prompts a step")
     steps: int = setting(3, "timed steps", least=1)
     rehearse: bool = setting(False, "use the demo's model and two steps on a CPU")
-    side: str | None = setting(None, "measure this side only, in this process", choices=SIDES)
-    folder: str | None = setting(None, "folder of --side")
+    side: str = setting("", "measure this side only, in this process, in --folder", choices=("", *SIDES))
+    folder: str | None = setting(None, "folder that the command has prepared")
 
 
 class CpuMeter(vs_trl.Meter):

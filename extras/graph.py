@@ -30,23 +30,29 @@ def record(step: Step) -> Step:
 class Written(TorchDispatchMode):
     """Collect the tensors that a step changes in place and that existed before it: what it hands to the next step.
 
-    Keys and values are left out. They are written by index_copy_, and taking a step again writes them to the same place.
+    Keys and values are left out: index_copy_ writes them, and a step that is taken again writes to the same place.
     """
 
     def __init__(self):
         super().__init__()
         self.tensors: list[Tensor] = []
-        self.known: set[int] = set()  # addresses of these tensors, and of those that the step made itself
+        self.made: set[int] = set()  # addresses of the memory that the step allocated itself
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        given = memory((args, kwargs))
         out = func(*args, **(kwargs or {}))
         for argument, value in zip(func._schema.arguments, args):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and value.data_ptr() not in self.known and func is not torch.ops.aten.index_copy_.default:
-                self.known.add(value.data_ptr())
-                self.tensors.append(value)
-        self.known.update(x.data_ptr() for x in tree_leaves(out) if isinstance(x, Tensor))
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                new = memory(value).isdisjoint(self.made) and all(value is not x for x in self.tensors)
+                if new and func is not torch.ops.aten.index_copy_.default:
+                    self.tensors.append(value)
+        self.made |= memory(out) - given  # a view of what was given is not new
         return out
+
+
+def memory(values: Any) -> set[int]:
+    """Return the addresses of the memory of all tensors in nested tuples, lists and dicts."""
+    return {x.untyped_storage().data_ptr() for x in tree_leaves(values) if isinstance(x, Tensor)}
 
 
 class Graphs:

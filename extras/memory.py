@@ -5,7 +5,8 @@ Bytes of one process at the peak of a training pass, for T trained parameters:
     states        4 T weights, 4 T gradients, 8 T moments (2 T with --adam_bits 8); frozen weights and the reference as
                   virft.cast_frozen stores them. With --shard all of it is divided by the processes
     casts         2 for each trained weight of Linear and Conv layers, made by autocast once per phase
-    prompts       what autograd keeps of P tokens per prompt, and of its patches if the vision tower is trained
+    prompts       what autograd keeps of P tokens per prompt; of its patches, if the vision tower is trained, the inputs
+                  of all blocks and what one block keeps
     completions   what autograd keeps of a chunk's tokens; each completion's copy of the prompt's keys and values, which
                   SDPA expands to all heads; the logits and their gradient
     log-softmax   a few float32 blocks of FLOAT32_BLOCK numbers, whatever the length
@@ -32,8 +33,11 @@ from extras.hub import loading
 GB = 1e9
 # Bytes that autograd keeps of a token in a text layer: TEXT_H x hidden size + TEXT_F x width of the MLP.
 TEXT_H, TEXT_F = 37, 8
-VISION_D = 47  # of a patch in a vision block: VISION_D x width; checkpointed, the 4 of the block's float32 input
-MOMENTS = {32: 8, 8: 2}  # bytes of both moments of a parameter
+VISION_D = 47  # of a patch in a vision block: VISION_D x width; of a checkpointed one the 4 of its float32 input
+FLOAT32_BLOCK = 2**23  # virft's
+PREFILL_D, PATCH_PIXELS = 36, 4704  # of a patch that is encoded without gradients: PREFILL_D x width, and its pixels
+DRAW = 30  # of a logit while a token is drawn: bf16, float32 and three times float64
+MOMENTS = {32: 8, 8: 2}  # of both moments of a parameter
 
 
 def vision_blocks(model: nn.Module) -> list[nn.Module]:
@@ -72,8 +76,7 @@ def adamw_8bit(parameters: Sequence[nn.Parameter], **settings: Any) -> torch.opt
 
 
 def needed(
-    cfg: Any, config: Any, cast_frozen: Callable, P: int, patches: int, trains: bool = True, processes: int = 1,
-    float32_block: int = 2**25,
+    cfg: Any, config: Any, cast_frozen: Callable, P: int, patches: int, trains: bool = True, processes: int = 1
 ) -> dict[str, float]:  # fmt: skip
     """Return the bytes that each process needs in training ("train") and in sampling ("sample").
 
@@ -98,25 +101,29 @@ def needed(
     reference = sum(p.numel() * size for p, size in stored.items()) if trains and cfg.beta and not rank else 0
     weights = sum(p.numel() * (4 if p in trained else size) for p, size in stored.items()) + 4 * adapters + reference
     casts = 2 * (sum(p.numel() for p in trained if stored[p] == 2 or p is head) + adapters)
+    # A frozen output layer that is also the embedding is float32, and autocast casts it at every use.
+    head_cast = 2 * head.numel() if stored[head] == 4 and head not in trained else 0
     G, C = getattr(cfg, "group_size", 2), getattr(cfg, "max_completion_tokens", 512)
-    rows = G * max(1, cfg.prompts_per_step // processes) if trains else processes
-    cache, block = 4 * kv * layers, float32_block
-    sampling = {"casts": casts, "cache": 1.5 * rows * (P + C) * cache, "draw": 30 * rows * V}
+    prompts, cache = max(1, getattr(cfg, "prompts_per_step", 16) // processes), 4 * kv * layers
+    rows = G * prompts if trains else prompts
+    widths = [first_linear(block).in_features for block in vision_blocks(model)]
+    prefill = prompts * patches * (PREFILL_D * max(widths, default=0) + PATCH_PIXELS)
+    decode = 1.5 * rows * (P + C) * cache + DRAW * rows * V + head_cast
     if not trains:
-        return {"sample": weights + sum(sampling.values())}
+        return {"sample": weights + max(prefill, decode)}
     shards = processes if cfg.shard else 1
     states = (weights + MOMENTS[cfg.adam_bits] * T) / shards
     chunk, encoded = cfg.micro_batch or G, max(1, cfg.micro_batch // G)
     token = layers * (TEXT_H * h + TEXT_F * text.intermediate_size)
-    blocks = [block for block in vision_blocks(model) if not trained.isdisjoint(block.parameters())]
-    widths = [first_linear(block).in_features for block in blocks]
-    patch = 4 * sum(widths) + VISION_D * max(widths, default=0) if cfg.micro_batch else VISION_D * sum(widths)
+    expanded = 4 * h * layers  # where a mask is needed, SDPA expands keys and values to all heads
+    patch = 0 if cfg.freeze_vision or rank else 4 * sum(widths) + VISION_D * max(widths, default=0)
     training = {
-        "gradients": 4 * T / shards, "casts": casts, "prompts": encoded * (P * token + patches * patch),
-        "completions": chunk * (C * token + P * 4 * h * layers + (2 * P + C) * cache + 4 * V * C),
-        "log-softmax": 16 * min(block, chunk * C * V),
+        "gradients": 4 * T / shards, "casts": casts + 2 * head_cast,
+        "prompts": encoded * (P * (token - expanded) + patches * patch),
+        "completions": chunk * (C * token + P * expanded + (2 * P + C) * cache + 4 * V * C),
+        "log-softmax": 16 * min(FLOAT32_BLOCK, chunk * C * V),
     }  # fmt: skip
-    return {"train": states + sum(training.values()), "sample": states + sum(sampling.values())}
+    return {"train": states + sum(training.values()), "sample": states + casts + max(prefill, decode)}
 
 
 def patches_of(pixels: Tensor, config: Any) -> int:

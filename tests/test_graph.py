@@ -150,3 +150,19 @@ def test_a_step_that_freezes_a_number_is_found(capsys):
     for _ in range(8):
         advance()
     assert "differs" in capsys.readouterr().out
+
+
+def test_what_a_step_hands_on_is_found():
+    """Also if the step looked at it through a view before, and not what the step made itself or wrote by index_copy_."""
+    state, keys, place = torch.zeros(3), torch.zeros(2, 3), torch.tensor([1])
+
+    def step():
+        seen = state[:2].sum()
+        own = torch.ones(3)
+        own.mul_(2)
+        state.add_(own + seen)
+        keys.index_copy_(0, place, state[None])
+
+    with graph.Written() as written:
+        step()
+    assert len(written.tensors) == 1 and written.tensors[0] is state

@@ -210,6 +210,7 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
     assert "--micro_batch 2 --lora_rank 16 needs" in said(24e9)
     assert "--micro_batch 2 --shard true needs" in said(30e9, processes=8)
     assert "--" not in said(2e9), "nothing fits, nothing is advised"
+    assert memory.FLOAT32_BLOCK == virft.FLOAT32_BLOCK
 
 
 @pytest.mark.parametrize("name, patches", [("LLaVA", 4), ("Qwen2-VL", 24)])

@@ -340,7 +340,7 @@ def test_reproduce_evaluates_trains_evaluates_and_goes_on(house, llava_dir, tmp_
     }
     assert {name: config[name] for name in paper} == paper
     defaults = virft.Config()
-    assert (defaults.lr, defaults.prompts_per_step, defaults.steps) == (1e-6, 16, 200)
+    assert (virft.parse_config([]).lr, defaults.prompts_per_step, defaults.steps) == (1e-6, 16, 200)
     assert json.loads((run / "after" / "config.json").read_text())["model"] == "runs/reproduce/train/model"
     # As if training had failed in the second step, which leaves a model: finished from the checkpoint of the first.
     (run / "train" / "finished").unlink()
