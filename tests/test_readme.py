@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import copied
 import mia_dpo
@@ -121,7 +122,7 @@ def test_the_pages_name_what_is_there():
 
 
 def test_docs_have_the_memory_table(capsys):
-    memory.main()
+    memory.print_tables()
     assert capsys.readouterr().out in PAGES[ROOT / "docs" / "gpus.md"]
 
 
@@ -156,7 +157,7 @@ def test_every_command_is_run_or_read_by_a_test():
     by_hand = ("accelerate launch", "bash run.sh test", "python -c ", "python virft.py --help")
     for command in sorted(set(COMMANDS) - set(OURS)):
         if not command.startswith(by_hand):
-            script, part = re.fullmatch(r"(?:python|bash) (\S+) ?([a-z]*).*", command).groups()
+            script, part = re.fullmatch(r"(?:python|bash) (\S+) ?([a-z-]*).*", command).groups()
             stem = Path(script).stem
             known = (
                 rf'run_sh\(house, "{part or "demo"}"'
@@ -376,6 +377,30 @@ def test_run_sh_says_what_there_is(house):
     words = ("controls", "breakages", "reproduce", "your own training")
     assert done.returncode == 2 and all(word in done.stdout for word in words)
     assert "no demo detction" in run_sh(house, "demo", "detction", check=False).stderr
+
+
+def test_flash_attn_is_compiled_on_request_in_the_version_that_is_pinned(house):
+    (house / ".venv" / "bin").unlink()
+    (house / ".venv" / "bin").mkdir()
+    python = house / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    said = run_sh(house, "flash-attn").stdout.splitlines()
+    (pinned,) = re.findall(r"^# (flash-attn==\S+)", (ROOT / "requirements.txt").read_text(), re.M)
+    assert said == ["-m pip install ninja wheel", f"-m pip install --no-build-isolation {pinned}"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_prove_asks_for_a_gpu(house):
+    assert "--rehearse true" in run_sh(house, "prove", check=False).stderr
+
+
+@pytest.mark.slow
+def test_prove_ends_in_a_row_to_send_in(house, shapes_dir):
+    """Rehearsed on a CPU with the demo's model, two steps of training included."""
+    said = run_sh(house, "prove", "--rehearse", "true", "--data", shapes_dir).stdout
+    row = said.splitlines()[-1]
+    assert re.match(r"\| .* \| 24,4,2 \| [0-9.]+ s \(.*GB \| .* \| [0-9.]+ -> [0-9.]+ \|$", row), said
 
 
 @pytest.mark.slow
