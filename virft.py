@@ -16,7 +16,8 @@ What differs from Visual-RFT's paper and its released code, and why:
 
   - A prompt and its image are encoded once per group, not G times, in sampling, in the reference pass and in
     training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies. One exception: models
-    with linear attention repeat the prompt outside of sampling, because gradients do not pass through their cache.
+    with linear attention repeat the prompt for each completion in training, because gradients do not pass through
+    their cache, and in the reference pass, which uses the same code.
   - The sampling loop is our own. `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1, which gives
     G identical answers), and tokens must be drawn from the distribution whose log-probabilities are trained.
 
@@ -25,7 +26,7 @@ What differs from Visual-RFT's paper and its released code, and why:
     bash run.sh                                                          # offline demo, no GPU
 
 This file trains with rewards.py and data.py alone. Optional features are in extras/ and are imported when used:
-without that folder `extra("shards", "--shard")` raises, and `extra("report")`, which no flag asked for, returns None.
+without that folder `extra(name, flag)` raises an error that names the flag, and `extra(name)` returns None.
 
 To add a reward: REWARDS in rewards.py. A task: TASKS in data.py. A normalization: NORMALIZATIONS. A ratio: RATIOS.
 A metric: `rollout_metrics` or `update`. A setting: Config, and mia_dpo.TrainConfig if the sibling method reads it.
@@ -111,7 +112,7 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
-    micro_batch: int = setting(0, "completions per training pass; 0: G; above G: multiples of G", least=0)
+    micro_batch: int = setting(0, "completions per training pass; 0: G; more than G: N groups at once", least=0)
     lr: float | None = setting(None, "learning rate, decaying to 0; default 1e-6, with --lora_rank 1e-5", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
@@ -170,7 +171,7 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     position = mask.sum(1, keepdim=True)  # of the next token
     if rope:
         position = (position + rope.rope_deltas).expand(3, -1, -1)  # text has the same position on all axes
-    # Mllama's cross_attention_mask [B, P, images, tiles], the one input with more than a number per prompt token. A
+    # Mllama's cross_attention_mask [B, P, images, tiles], the only input with several numbers per prompt token. A
     # completion attends to the images that the last prompt token attends to.
     cross_masks = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
     return Prefix(out.past_key_values, out.logits[:, -1], mask, position, cross_masks)
@@ -181,7 +182,8 @@ def fork(prefix: Prefix, rows: Tensor) -> Prefix:
 
     Copying keys and values once per completion is cheap; repeating prompts would cost G vision towers and G * P tokens.
     Indexing is differentiable: the gradients of all copies add up in the one prompt. Shallow copies of cache and layers
-    are safe, because `reorder_cache` gives them new tensors, so that appending leaves the original as it is.
+    suffice, because `reorder_cache` gives a copy its own keys and values. Static and linear-attention layers still
+    share state with the original, which therefore must not be used again; `sample` drops it.
     """
     cache = copy.copy(prefix.cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
@@ -232,7 +234,8 @@ def sampling_noise(keys: list[str], group_size: int, max_tokens: int) -> Tensor:
 class RoomLayer(StaticLayer):
     """A static layer that stores keys and values in the dtype that attention computes in.
 
-    Under autocast rotary embeddings return float32 keys, which attention rounds to bf16 whenever it reads them.
+    Under autocast, rotary embeddings return float32 keys, and attention rounds them to bf16 at every read. Rounding
+    them once, when they are stored, gives the same result in half the memory.
     """
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -242,7 +245,7 @@ class RoomLayer(StaticLayer):
 
 
 def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
-    """Turn each cache layer that grows into a static one with room for `tokens` more, whose memory stays in place."""
+    """Replace each growing cache layer by a static one that has room for `tokens` more and never moves in memory."""
     # Layers of cross attention store images and do not grow. Sliding layers become plain ones, with the window in the
     # mask: transformers' own StaticSlidingWindowLayer counts in Python integers, which a recorded step would freeze.
     crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
@@ -263,10 +266,12 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     # A sliding layer has cached its last keys only, so its mask is cut on the left.
     keys = min(layer.keys.shape[-2] for layer in cache.layers if isinstance(layer, StaticLayer))
     near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, -keys:]
-    masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}  # others: not known
+    masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}
     if text._attn_implementation == "eager":  # eager attention adds the mask to the scores, sdpa takes booleans
         masks = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in masks.items()}
-    masks["linear_attention"] = None  # padding was left out in `prefill`; its state holds only what came after
+    masks["linear_attention"] = None  # `prefill` skipped the padding, so the recurrent state holds real tokens only
+    if unknown := kinds - masks.keys():
+        raise SystemExit(f"{type(model).__name__} has layers of {', '.join(unknown)}, whose mask is not known here")
     # A config without layer types has one kind of layer. Its mask is `near`, which without a window equals `mask`.
     by_kind = {kind: masks[kind] for kind in kinds or {"sliding_attention"}}
     return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
@@ -291,9 +296,9 @@ def sample(
 
     noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its
     first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
-    more: dropping copies the cache of all others, so it has to pay. In between, shapes are constant, nothing
-    synchronizes with the GPU, and all changes are in place, so that `capture` may record the step and return a
-    function that repeats it faster (extras/graph.py); by default the step itself is called.
+    more: dropping rows copies the cache of the rest. Between two such checks shapes are constant, nothing synchronizes
+    with the GPU, and all changes are in place, so that `capture` may record the step and return a function that repeats
+    it faster (extras/graph.py). By default the step itself is called.
     """
     B, P = inputs["input_ids"].shape
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
@@ -324,7 +329,7 @@ def sample(
         t.add_(1)
 
     advance = capture(step)
-    for done in range(1, max_tokens):
+    for done in range(1, max_tokens):  # the last token is only drawn: nothing continues it
         advance()
         if done % LOOK_EVERY == 0:
             going = (~ended[rows]).nonzero().squeeze(1)
@@ -368,8 +373,8 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
     """Return log pi of the chosen tokens and the entropy they were chosen from (no gradient), both [N, C] float32.
 
     logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits and
-    recomputed in the backward pass: stored, it would take several times 4 V bytes a token (V = 150,000). Layers are not
-    recomputed: chunks (`two_stage_backward`) bound what they store.
+    recomputed in the backward pass. If it were stored, it would take several times 4 V bytes a token (V = 150,000).
+    Layers are not recomputed: chunks (`two_stage_backward`) bound what they store.
     """
 
     def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,8 +432,8 @@ def two_stage_backward(
     Each chunk of completions runs forward, then backward, before the next one starts; gradients add up in the leaves.
     Stage 2 backpropagates the leaves' gradients through the prompts and their images. The result is the gradient of one
     large graph, while memory holds the graphs of the prompts and of one chunk. Inside one autocast context
-    each weight is cast once and all chunks share the copy. Every chunk's backward goes through that cast; PyTorch
-    allows this, because a cast saves no tensors that the first backward would free.
+    each weight is cast once. All chunks backpropagate through the same cast, which works without retain_graph, because
+    a cast saves no tensors.
     The model is in eval mode here too: with dropout the scorer would not be the policy that sampled (`load_model`).
 
     ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
@@ -562,14 +567,14 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     """Take items 2 to 4 of the list at the top: sample, reward, compare. A group is never split among processes."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.timer("sample"), run.sampling(), run.gathered():
-        # The 0 is the round, see data.draw_examples. The slot: of few examples one can come twice in a step.
+        # The 0 is the round, see data.draw_examples. With few examples the same one can come twice in a step: the slot.
         keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         inputs, limit = run.collate(prompts), cfg.max_completion_tokens
         # The sampler's log-probabilities are not used as log pi_old: decoding rounds differently than scoring (bf16:
-        # about 0.03 nats a token; metric sampler_gap), which rho would mistake for a change of the policy. As
-        # log pi_old `update` takes the scorer's, so rho starts at exactly 1; that tokens were drawn with the other
-        # rounding is not corrected.
+        # about 0.03 nats a token; metric sampler_gap), which rho would mistake for a change of the policy. `update`
+        # uses the scorer's as log pi_old, so rho starts at exactly 1. That the tokens were drawn from a slightly
+        # different distribution is not corrected.
         ids, logp = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution, capture=run.capture)
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
@@ -586,7 +591,7 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
 
 
 def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
-    """Divide a rollout into micro-batches of max(1, micro_batch // G) groups; return the divisor of this process too.
+    """Divide a rollout into micro-batches of max(1, micro_batch // G) groups; return them and this process's divisor.
 
     The reference scores each micro-batch here, once for all inner epochs. Completions that are masked as a whole go
     through all passes too, so that every process makes the same calls.
@@ -625,10 +630,10 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                     # up to 0. Its gradient, the mean of -A grad log pi_theta, is not 0.
                     batch.logp_old[rows] = logp.detach()
                 mask, logp_ref = batch.mask[rows], None if batch.logp_ref is None else batch.logp_ref[rows]
-                gap = (batch.logp_old[rows] - batch.logp_sampled[rows]).abs()
+                gap = (batch.logp_old[rows] - batch.logp_sampled[rows]).abs()  # logp itself moves in later epochs
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
                 loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
-                metrics.add("loss", loss.detach(), 0)  # its count, the divisor, follows once per epoch
+                metrics.add("loss", loss.detach(), 0)  # its count is the divisor, added once per epoch below
                 found = {"kl": kl, "clip_fraction": clipped, "entropy": entropy, "sampler_gap": gap}
                 for name, values in found.items():
                     metrics.add(name, values[mask].sum(), mask.sum())
@@ -671,7 +676,8 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
         norm = float(norm.full_tensor() if run.cfg.shard else norm)
         finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
         if finite:
-            run.whole = False  # until `write`; checkpoints hold whole steps, so an error now saves the model only
+            # Until `write` sets it again. Checkpoints hold whole steps, so an error before that saves the model only.
+            run.whole = False
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     metrics.add("grad_norm", norm if finite else 0.0, finite)
@@ -789,7 +795,7 @@ class Run:
 
     @contextlib.contextmanager
     def sampling(self):
-        """Set the model up for `sample`: no gradients, bf16 on GPUs, an attention that takes the masks of `visible`."""
+        """Set the model up for `sample`: no gradients, bf16 on GPUs, and SDPA, which takes the masks of `visible`."""
         flash = extra("flash")
         with torch.no_grad(), self.autocast(), flash.paused(self.model) if flash else contextlib.nullcontext():
             yield
@@ -871,12 +877,12 @@ def cast_frozen(model: nn.Module) -> None:
 
     So pi_ref computes exactly what pi_theta computes before its first update, and the KL starts at exactly 0.
     """
-    exact = set()  # also an embedding that is the output layer, too
+    exact = set()  # parameters that stay float32, among them an output layer that shares its weight with the embedding
     for part in model.modules():
         if not isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             exact.update(part.parameters(recurse=False))
         if isinstance(part, transformers.PreTrainedModel):
-            # transformers calls the dtype of the first parameter the model's, and some families cast activations to it.
+            # `PreTrainedModel.dtype` is that of the first parameter, and some families cast activations to it.
             exact.add(next(part.parameters()))
     for p in model.parameters():
         if not p.requires_grad:
@@ -967,7 +973,7 @@ def build(
         return model
 
     source = saved.model if saved and not cfg.lora_rank else cfg.model
-    # A model that is not trained itself is loaded in the dtype of its checkpoint: bf16 takes half of the memory.
+    # For evaluation, and below LoRA adapters, weights are loaded in the dtype of the checkpoint: half of the memory.
     dtype = torch.float32 if not bf16 or trains and not cfg.lora_rank else "auto"
     model = load_model(source, dtype, device).requires_grad_(trains)
     if trains:
@@ -977,11 +983,13 @@ def build(
             adapters = extra("adapters", "--lora_rank").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
         elif cfg.freeze_vision:
             extra("adapters", "--freeze_vision").freeze_vision(model)
-        if memory and (bf16 or cfg.micro_batch):  # by arithmetic 3 GB less for a 2B model, and 2% more time
+        # Where memory counts: on GPUs, or where --micro_batch says so. By arithmetic 3 GB less for 2B, 2% more time.
+        if memory and (bf16 or cfg.micro_batch):
             memory.checkpoint_vision(model)
     placed(model)
     if trains:
         if cfg.beta and not adapters:
+            # In float32 like the policy, then cast: loaded in bf16, buffers would be rounded that the policy's are not.
             reference = placed(load_model(cfg.model, torch.float32, device).requires_grad_(False))
         trained = [p for p in model.parameters() if p.requires_grad]
         if cfg.adam_bits == 8:
@@ -993,6 +1001,7 @@ def build(
     special = special_tokens(model, prompts.processor)
     eos, forbidden = (torch.tensor(ids, dtype=torch.long, device=device) for ids in special)
     distribution, done = {"temperature": temperature, "forbidden": forbidden}, saved.step if saved else 0
+    # Not with --shard: FSDP's hooks run at every forward pass and may wait for the GPU.
     capture = graph.Graphs().capture if device.type == "cuda" and graph and not shard else lambda step: step
     loaded = (model, reference, adapters, optimizer, rewards, eos, distribution, capture)
     return Run(cfg, accelerator, prompts, *loaded, done)
@@ -1052,7 +1061,7 @@ def write(run: Run, step: int, metrics: Averages, rows: list[dict], shown: Seque
         data.append_rows(Path(run.cfg.out) / "rollouts.jsonl", rows)
         data.append_rows(Path(run.cfg.out) / "metrics.jsonl", [row])
         if step == 1 and row.get("zero_variance_groups") == 1:
-            tqdm.write("in no group of the first step did rewards differ: it taught nothing; try --check true")
+            tqdm.write("the first step taught nothing: within every group all rewards are equal; try --check true")
     run.accelerator.log(row, step=step)
     run.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
     run.done, run.whole = step, True
@@ -1078,9 +1087,10 @@ def guarded(run: Run) -> Iterator[Callable[[], bool]]:
 
 
 def save_model(run: Run) -> None:
-    """Write OUT/model atomically, cast to the dtype of --model; with LoRA OUT/adapters, and OUT/model is float32.
+    """Write OUT/model atomically, in the dtype of --model. With LoRA, write OUT/adapters too, and OUT/model in float32.
 
     Adapters are merged into a float32 copy of --model, because bf16 would round most of what they learned away.
+    Call this last: it casts the policy in place.
     """
     out, weights, model = Path(run.cfg.out), None, run.model
     if run.cfg.shard and not run.adapters:  # every process takes part, the main one gets the weights
@@ -1094,7 +1104,9 @@ def save_model(run: Run) -> None:
             dtype, model = torch.float32, extra("adapters").merged(base, run.adapters, learned)
 
     def write_model(new: Path) -> None:
-        model.to(dtype).save_pretrained(new, state_dict=weights and {n: w.to(dtype) for n, w in weights.items()})
+        cast = {id(w): w.to(dtype) for w in (weights or {}).values()}  # by id: tied weights stay one tensor
+        whole = weights and {name: cast[id(w)] for name, w in weights.items()}
+        model.to(dtype).save_pretrained(new, state_dict=whole)
         run.prompts.processor.save_pretrained(new)
 
     if run.main:
@@ -1168,7 +1180,7 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
-    """Return the rule that --out holds no run or model. config.json and setup.txt alone: no step was taken."""
+    """Return the rule that --out holds no run or model. With only config.json and setup.txt no step was taken: new."""
     out = Path(cfg.out)
     there = {file.name for file in out.iterdir()} - {"config.json", "setup.txt"} if out.is_dir() else set()
     taken = out.is_file() or "config.json" in os.listdir(out) and there if out.exists() else False
@@ -1179,7 +1191,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Read and check the command line; SystemExit names the flag that is wrong and what would be right."""
     usage = "accelerate launch virft.py --task TASK --data DIR --model NAME [flags]"
     cfg = parse(Config, argv, usage=usage, description="ViRFT: GRPO for vision-language models with verifiable rewards")
-    # The change of a bf16 weight survives rounding only if it is large enough, and adapters are merged once at the end.
+    # Adapters start as no change at all and are few: they need a higher rate than the weights themselves.
     cfg.lr = cfg.lr or (1e-5 if cfg.lora_rank else 1e-6)
     for flag, module in (("save_every", "checkpoints"), ("eval_every", "evaluate")):
         if getattr(cfg, flag):

@@ -1,17 +1,18 @@
-"""Forecast the memory of a run before its weights are loaded; checkpointed vision blocks and 8-bit moments save some.
+"""Forecast the memory of a run before its weights are loaded; save some by checkpointed vision blocks, 8-bit moments.
 
 Bytes of one process at the peak of a training pass, for T trained parameters:
 
     states        4 T weights, 4 T gradients, 8 T moments (2 T with --adam_bits 8); frozen weights and the reference as
                   virft.cast_frozen stores them. With --shard all of it is divided by the processes
     casts         2 for each trained weight of Linear and Conv layers, made by autocast once per phase
-    prompts       what autograd keeps of P tokens per prompt; of its patches, if the vision tower is trained, the inputs
-                  of all blocks and what one block keeps
+    prompts       what autograd keeps of P tokens per prompt. If the vision tower is trained, also the inputs of all its
+                  blocks and what autograd keeps in one
     completions   what autograd keeps of a chunk's tokens; each completion's copy of the prompt's keys and values, which
                   SDPA expands to all heads; the logits and their gradient
     log-softmax   a few float32 blocks of FLOAT32_BLOCK numbers, whatever the length
 
-While sampling: weights, moments, casts, and a static cache of P + C tokens for every completion of the step. The
+While sampling: weights, moments, casts (with --shard of all weights, which are gathered for the whole rollout), and a
+static cache of P + C tokens for every completion of the step, once and a half while the batch is halved. The
 constants were counted on Qwen2-VL's layers, and `python bench/memory.py --measure` compares the sum with PyTorch's
 allocator. For other families, and for mixtures of experts, the forecast is rougher.
 """
@@ -33,15 +34,16 @@ from extras.hub import loading
 GB = 1e9
 # Bytes that autograd keeps of a token in a text layer: TEXT_H x hidden size + TEXT_F x width of the MLP.
 TEXT_H, TEXT_F = 37, 8
-VISION_D = 47  # of a patch in a vision block: VISION_D x width; of a checkpointed one the 4 of its float32 input
+VISION_D = 47  # of a patch in a vision block: VISION_D x width. A checkpointed block keeps its float32 input, 4 x width
 FLOAT32_BLOCK = 2**23  # virft's
-PREFILL_D, PATCH_PIXELS = 36, 4704  # of a patch that is encoded without gradients: PREFILL_D x width, and its pixels
-DRAW = 30  # of a logit while a token is drawn: bf16, float32 and three times float64
+PREFILL_D = 36  # of a patch in a vision block without gradients, x width
+PATCH_PIXELS = 4704  # the pixels of a Qwen-VL patch, in float32
+DRAW = 30  # of a logit while a token is drawn: 2 (bf16) + 4 (float32) + 3 x 8 (float64)
 MOMENTS = {32: 8, 8: 2}  # of both moments of a parameter
 
 
 def vision_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of the vision tower: entries of module lists outside the language model that hold a Linear."""
+    """Return the blocks of the vision tower: in module lists outside the language model, those that hold a Linear."""
     inside = set(language_model(model).modules())
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and part not in inside]
     return [block for blocks in lists for block in blocks if first_linear(block)]
@@ -103,9 +105,13 @@ def needed(
     casts = 2 * (sum(p.numel() for p in trained if stored[p] == 2 or p is head) + adapters)
     # A frozen output layer that is also the embedding is float32, and autocast casts it at every use.
     head_cast = 2 * head.numel() if stored[head] == 4 and head not in trained else 0
-    G, C = getattr(cfg, "group_size", 2), getattr(cfg, "max_completion_tokens", 512)
-    prompts, cache = max(1, getattr(cfg, "prompts_per_step", 16) // processes), 4 * kv * layers
-    rows = G * prompts if trains else prompts
+    C, cache = getattr(cfg, "max_completion_tokens", 512), 4 * kv * layers
+    if hasattr(cfg, "answers"):  # mia_dpo.py build
+        G, prompts = max(1, cfg.answers), cfg.batch
+    else:
+        G = getattr(cfg, "group_size", 2) if trains else 1
+        prompts = max(1, cfg.prompts_per_step // processes)
+    rows = G * prompts
     widths = [first_linear(block).in_features for block in vision_blocks(model)]
     prefill = prompts * patches * (PREFILL_D * max(widths, default=0) + PATCH_PIXELS)
     decode = 1.5 * rows * (P + C) * cache + DRAW * rows * V + head_cast
@@ -118,12 +124,13 @@ def needed(
     expanded = 4 * h * layers  # where a mask is needed, SDPA expands keys and values to all heads
     patch = 0 if cfg.freeze_vision or rank else 4 * sum(widths) + VISION_D * max(widths, default=0)
     training = {
-        "gradients": 4 * T / shards, "casts": casts + 2 * head_cast,
+        "gradients": 4 * T / shards, "casts": casts + 2 * head_cast,  # the prompt's and the chunk's
         "prompts": encoded * (P * (token - expanded) + patches * patch),
         "completions": chunk * (C * token + P * expanded + (2 * P + C) * cache + 4 * V * C),
         "log-softmax": 16 * min(FLOAT32_BLOCK, chunk * C * V),
     }  # fmt: skip
-    return {"train": states + sum(training.values()), "sample": states + casts + max(prefill, decode)}
+    gathered = 2 * (sum(p.numel() for p in stored) + adapters) if cfg.shard else casts
+    return {"train": states + sum(training.values()), "sample": states + gathered + max(prefill, decode)}
 
 
 def patches_of(pixels: Tensor, config: Any) -> int:
@@ -134,7 +141,7 @@ def patches_of(pixels: Tensor, config: Any) -> int:
     return pixels[..., 0, 0].numel() // 3 * (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
 
 
-REMEDIES = (  # in the order in which they change less of what is learned
+REMEDIES = (  # those that change least of what is learned first
     {"micro_batch": 2},
     {"micro_batch": 2, "adam_bits": 8},
     {"micro_batch": 2, "shard": True},
@@ -156,11 +163,15 @@ def forecast(
     P, patches = first["input_ids"].shape[1], patches_of(first["pixel_values"], config)
     need = max(needed(cfg, config, cast_frozen, P, patches, trains, processes).values())
     line = f"memory: needs about {need / GB:.0f} GB, this GPU has {has / GB:.0f}"
-    for flags in REMEDIES if trains and need > 0.95 * has else ():
-        if flags.get("shard") and (processes == 1 or cfg.adam_bits == 8) or "beta" in flags and not cfg.beta:
+    room, is_dpo = 0.95 * has, not hasattr(cfg, "group_size")  # the rest is for what the allocator cannot use
+    for flags in REMEDIES if trains and need > room else ():
+        changed = replace(cfg, **flags)
+        if changed.shard and (processes == 1 or changed.adam_bits == 8) or is_dpo and "beta" in flags:
             continue
-        less = max(needed(replace(cfg, **flags), config, cast_frozen, P, patches, trains, processes).values())
-        if less < 0.95 * has:
+        share = min(1.0, changed.max_pixels / cfg.max_pixels)
+        sizes = round(P * share), round(patches * share)
+        less = max(needed(changed, config, cast_frozen, *sizes, trains, processes).values())
+        if less < room:
             words = " ".join(f"--{name} {str(value).lower()}" for name, value in flags.items())
-            return f"{line}: {words} needs {less / GB:.0f}"
+            return f"{line}; with {words} about {less / GB:.0f}"
     return line

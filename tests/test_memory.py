@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import families
+import mia_dpo
 import virft
 from bench import memory as bench
 from conftest import ROOT, first_prompts
@@ -116,7 +117,9 @@ KINDS = {  # flags; the largest distance of two processes from one in the gradie
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "sharded adapters" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_two_processes_equal_one_in_a_gpus_dtypes_and_resume(kind, shapes_dir, tmp_path):
     """As far as bf16 goes: gradients of two updates, weights, the saved model; and the second update after a resume."""
     if kind == "8 bits":
@@ -206,11 +209,17 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
         return memory.forecast(cfg, config, run.prompts, True, processes, virft.cast_frozen, has)
 
     assert said(80e9).startswith("memory: needs about ") and "--" not in said(80e9)
-    assert "this GPU has 48: --micro_batch 2 --adam_bits 8" in said(48e9)
-    assert "--micro_batch 2 --lora_rank 16 needs" in said(24e9)
-    assert "--micro_batch 2 --shard true needs" in said(30e9, processes=8)
+    assert "this GPU has 48; with --micro_batch 2 --adam_bits 8 about " in said(48e9)
+    assert "with --micro_batch 2 --lora_rank 16 about" in said(24e9)
+    assert "with --micro_batch 2 --shard true about" in said(30e9, processes=8)
+    assert "with --micro_batch 1 --lora_rank 16 --max_pixels 200704 about" in said(11.2e9)
+    assert "adam_bits" not in said(20e9, processes=2, shard=True), "the command line would refuse it"
     assert "--" not in said(2e9), "nothing fits, nothing is advised"
     assert memory.FLOAT32_BLOCK == virft.FLOAT32_BLOCK
+    for config_of_dpo in (mia_dpo.TrainConfig(), mia_dpo.BuildConfig()):
+        trains = hasattr(config_of_dpo, "lora_rank")
+        line = memory.forecast(config_of_dpo, config, run.prompts, trains, 1, virft.cast_frozen, 30e9)
+        assert line.startswith("memory: needs about") and "--beta" not in line
 
 
 @pytest.mark.parametrize("name, patches", [("LLaVA", 4), ("Qwen2-VL", 24)])
