@@ -165,14 +165,15 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     mask = inputs["attention_mask"]  # [B, P]
     # Positions must not count padding. Models with three rotary axes (Qwen-VL, GLM-V) compute theirs from mask and
     # image grids. rope_deltas is (next position) minus (number of tokens): an image has fewer positions than tokens.
+    # Every prompt has an image: of a text alone the model would keep the offset of an earlier prompt.
     rope = next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
     positions = {} if rope else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     out = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
     position = mask.sum(1, keepdim=True)  # of the next token
     if rope:
         position = (position + rope.rope_deltas).expand(3, -1, -1)  # text has the same position on all axes
-    # Mllama's cross_attention_mask [B, P, images, tiles], the only input with several numbers per prompt token. A
-    # completion attends to the images that the last prompt token attends to.
+    # This selects Mllama's cross_attention_mask [B, P, images, tiles]: no other input goes on after [B, P].
+    # A completion attends to the images that the last prompt token attends to.
     cross_masks = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
     return Prefix(out.past_key_values, out.logits[:, -1], mask, position, cross_masks)
 
@@ -182,8 +183,8 @@ def fork(prefix: Prefix, rows: Tensor) -> Prefix:
 
     Copying keys and values once per completion is cheap; repeating prompts would cost G vision towers and G * P tokens.
     Indexing is differentiable: the gradients of all copies add up in the one prompt. Shallow copies of cache and layers
-    suffice, because `reorder_cache` gives a copy its own keys and values. Static and linear-attention layers still
-    share state with the original, which therefore must not be used again; `sample` drops it.
+    suffice, because `reorder_cache` gives a copy its own keys and values. The token counter of a static layer and the
+    states of a linear-attention layer remain shared, so a prefix with such layers is forked once; `sample` drops it.
     """
     cache = copy.copy(prefix.cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
@@ -247,7 +248,8 @@ class RoomLayer(StaticLayer):
 def reserve(model: nn.Module, cache: Any, tokens: int) -> None:
     """Replace each growing cache layer by a static one that has room for `tokens` more and never moves in memory."""
     # Layers of cross attention store images and do not grow. Sliding layers become plain ones, with the window in the
-    # mask: transformers' own StaticSlidingWindowLayer counts in Python integers, which a recorded step would freeze.
+    # mask: transformers' own StaticSlidingWindowLayer counts tokens in a Python integer, and a step that `capture`
+    # records (see `sample`) would keep its value.
     crossing = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, DynamicLayer) and i not in crossing:
@@ -340,7 +342,8 @@ def sample(
                 advance = capture(step)  # anew: other tensors, of another shape
     else:
         choose()
-    # At least two columns: `branch` gets all tokens but the last, and with --shard each process must call it with some.
+    # At least two columns: `branch` gets all tokens but the last, so of one column none would be left, and with --shard
+    # every process must run the same forward passes.
     C = max(2, int(completion_mask(ids, eos).sum(1).max()))
     return ids[:, :C], logps[:, :C]
 
@@ -370,11 +373,11 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 
 
 def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log pi of the chosen tokens and the entropy they were chosen from (no gradient), both [N, C] float32.
+    """Return log pi of the chosen tokens and the entropy of their distributions (no gradient), both [N, C] float32.
 
     logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits and
     recomputed in the backward pass. If it were stored, it would take several times 4 V bytes a token (V = 150,000).
-    Layers are not recomputed: chunks (`two_stage_backward`) bound what they store.
+    The model's layers are not recomputed; chunks of completions (`two_stage_backward`) bound what they store.
     """
 
     def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -415,7 +418,10 @@ def encode(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
 def chunked_logps(
     model: nn.Module, inputs: dict[str, Tensor], ids: Tensor, chunks: Sequence[Tensor], **distribution
 ) -> Tensor:  # fmt: skip
-    """Return log pi [N, C] of completions ids [N, C] to B prompts without gradients, one chunk of rows at a time."""
+    """Return log pi [N, C] of completions ids [N, C] to B prompts without gradients.
+
+    Memory holds the logits and the copied keys of one chunk of rows at a time.
+    """
     G = len(ids) // len(inputs["input_ids"])
     with torch.no_grad():
         prompts = encode(model, inputs)
@@ -431,9 +437,9 @@ def two_stage_backward(
     Stage 1 encodes the prompts and replaces their logits, keys and values by detached tensors (leaves of autograd).
     Each chunk of completions runs forward, then backward, before the next one starts; gradients add up in the leaves.
     Stage 2 backpropagates the leaves' gradients through the prompts and their images. The result is the gradient of one
-    large graph, while memory holds the graphs of the prompts and of one chunk. Inside one autocast context
-    each weight is cast once. All chunks backpropagate through the same cast, which works without retain_graph, because
-    a cast saves no tensors.
+    large graph, while memory holds the graphs of the prompts and of one chunk. The caller holds one autocast context
+    around all of it, so each weight is cast once and all chunks backpropagate through that cast. This works without
+    retain_graph, because a cast saves no tensors for its backward.
     The model is in eval mode here too: with dropout the scorer would not be the policy that sampled (`load_model`).
 
     ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
@@ -495,7 +501,7 @@ def clipped_ratio(
     logp, logp_old, mask [N, C]; A [N, 1]; eps: how far rho may fall below and rise above 1.
     """
     rho = torch.where(mask, logp - logp_old, 0.0).exp()  # masked before exp: on padding, inf * 0 would be NaN
-    unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A  # -1: a single number serves both sides
+    unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A  # eps may be one number for both sides
     # If A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, the minimum is the clipped constant: gradient 0. Otherwise
     # it is rho A, so a move in the bad direction is always corrected. Where both are equal, as at rho = 1,
     # `minimum` gives half of the gradient to each argument; within the clip range both halves flow to rho and add up.
@@ -567,7 +573,8 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     """Take items 2 to 4 of the list at the top: sample, reward, compare. A group is never split among processes."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.timer("sample"), run.sampling(), run.gathered():
-        # The 0 is the round, see data.draw_examples. With few examples the same one can come twice in a step: the slot.
+        # The slot is in the key because with few examples one can come twice in a step. The 0 is the round, see
+        # data.draw_examples.
         keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         inputs, limit = run.collate(prompts), cfg.max_completion_tokens
@@ -602,7 +609,7 @@ def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
     at_once = max(1, cfg.micro_batch // G)
     for start in range(0, len(ro.prompts), at_once):
         prompts, rows = ro.prompts[start : start + at_once], slice(start * G, (start + at_once) * G)
-        C = max(2, int(ro.mask[rows].sum(1).max()))
+        C = max(2, int(ro.mask[rows].sum(1).max()))  # at least two columns, as in `sample`
         ids, mask, w, logp = (x[rows, :C] for x in (ro.ids, counted, weights, ro.logp))
         A, inputs = ro.advantages[rows], run.collate(prompts)
         batch = MicroBatch(prompts, inputs, ids, mask, w, A, logp_sampled=logp, logp_old=torch.zeros_like(logp))
@@ -630,7 +637,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                     # up to 0. Its gradient, the mean of -A grad log pi_theta, is not 0.
                     batch.logp_old[rows] = logp.detach()
                 mask, logp_ref = batch.mask[rows], None if batch.logp_ref is None else batch.logp_ref[rows]
-                gap = (batch.logp_old[rows] - batch.logp_sampled[rows]).abs()  # logp itself moves in later epochs
+                gap = (batch.logp_old[rows] - batch.logp_sampled[rows]).abs()  # logp moves from the second epoch on
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
                 loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
                 metrics.add("loss", loss.detach(), 0)  # its count is the divisor, added once per epoch below
@@ -659,6 +666,7 @@ def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
         metrics.put(name, value.sum(), value.numel())
     for name, share in data.answer_shares(ro.texts, run.prompts.task.parse).items():
         metrics.put(name, share * N, N)
+    # `reduce` adds up tokens and seconds over processes, which sample at the same time: hence the factor.
     metrics.put("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds["sample"])
     return metrics
 
@@ -676,7 +684,8 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
         norm = float(norm.full_tensor() if run.cfg.shard else norm)
         finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
         if finite:
-            # Until `write` sets it again. Checkpoints hold whole steps, so an error before that saves the model only.
+            # From here until `write` the step is partly applied, and checkpoints hold whole steps: an error in between
+            # saves the model only.
             run.whole = False
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -688,8 +697,8 @@ def exchange_gradients(parameters: list[nn.Parameter]) -> None:
     """All-reduce the sum of every gradient, once per optimizer step. Beside the divisor, data parallelism is just this.
 
     DDP would exchange after each of the many backward passes, and average. The processes load the same weights and take
-    the same steps, so they stay equal. They first agree on which gradients exist, because a process that left out a
-    call would make the others wait: prompts without images give the vision tower no gradients, for example.
+    the same steps, so they stay equal. A gradient may exist on some processes only (of an expert that no token reached,
+    for example), and a process that left out a call would make the others wait: so they first agree which exist.
     A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The calls
     are asynchronous and tensor by tensor: flattened into one tensor the gradients would be in memory twice.
     """
