@@ -555,9 +555,8 @@ def answer_questions(run: Run, questions: list[Question], numbers: list[int], pr
     cfg, G = run.cfg, run.cfg.answers
     with run.autocast():
         inputs = run.collate(prompts)
-        limit = cfg.max_completion_tokens
-        noise = sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, limit).to(run.device)
-        ids, _ = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution, capture=run.capture)
+        noise = sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, cfg.max_completion_tokens).to(run.device)
+        ids, _ = sample(run.model, inputs, G, noise, noise.shape[1], run.eos, **run.distribution, capture=run.capture)
         ends = torch.isin(ids, run.eos)
         mask = completion_mask(ids, run.eos) & ~ends
         attention, perplexity = look(run.model, inputs, ids, mask, G, cfg.layer, run.distribution["forbidden"])
@@ -581,8 +580,7 @@ def answer_questions(run: Run, questions: list[Question], numbers: list[int], pr
 def report_selection(judged: Sequence[dict], cfg: BuildConfig) -> str:
     """Return a table of how many answers each filter dropped, by layout."""
     columns = [*FILTERS, "repeated", *(["not drawn"] if cfg.selection == "random" else [])]
-    names = "".join(f"{name:>14s}" for name in columns)
-    lines = [f"{'layout':10s}{'answers':>9s}{names}{'pairs':>9s}{'ratio':>8s}"]
+    lines = [f"{'layout':10s}{'answers':>9s}{''.join(f'{name:>14s}' for name in columns)}{'pairs':>9s}{'ratio':>8s}"]
     for layout in [*(name for name in LAYOUTS if any(c["layout"] == name for c in judged)), "all"]:
         rows = [c for c in judged if layout in (c["layout"], "all")]
         dropped, ratio = Counter(c["dropped"] for c in rows), sum(c["ratio"] for c in rows) / max(1, len(rows))
@@ -756,10 +754,7 @@ def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
 def parse_train(argv: Sequence[str]) -> TrainConfig:
     cfg = parse(TrainConfig, argv, prog="mia_dpo.py train", usage="%(prog)s --pairs FILE --model NAME [flags]")
     cfg.lr = cfg.lr or (1e-5 if cfg.lora_rank else 5e-6)
-    obey(cfg, [
-        out_rule(cfg, may_exist=cfg.resume),
-        ("adam_bits", not (cfg.adam_bits == 8 and cfg.shard), "32 with --shard"),
-    ])  # fmt: skip
+    obey(cfg, [out_rule(cfg, may_exist=cfg.resume)])
     return cfg
 
 

@@ -950,6 +950,8 @@ def connect(cfg: Any) -> Accelerator:
         raise SystemExit(f"{launched} processes were launched, accelerate sees {n}: see `accelerate config`")
     if getattr(cfg, "steps", 0) and cfg.prompts_per_step % n:
         raise SystemExit(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of the {n} processes")
+    if getattr(cfg, "shard", False) and cfg.adam_bits == 8:
+        raise SystemExit("--adam_bits 8: must be 32 with --shard, which bitsandbytes does not know")
     torch.multiprocessing.set_sharing_strategy("file_system")  # the default can exceed the limit of open files
     return accelerator
 
@@ -1211,7 +1213,6 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         ("clip", len(cfg.clip) in (1, 2) and cfg.clip[0] < 1, "one or two numbers, the first below 1"),
         ("resume", not (cfg.resume and evaluates), "false with --eval_only and --ask"),
         ("check", not (cfg.check and evaluates), "false with --eval_only and --ask"),
-        ("adam_bits", not (cfg.adam_bits == 8 and cfg.shard), "32 with --shard"),
         ("ask", cfg.categories or not (cfg.ask and TASKS[cfg.task].asks_for), "together with --categories"),
         out_rule(cfg, may_exist=cfg.ask or cfg.check or cfg.resume or unfinished),
     ])  # fmt: skip

@@ -279,3 +279,8 @@ def test_the_forecast_is_what_the_allocator_holds():
     assert done.returncode == 0, done.stderr
     ratios = [float(number) for number in re.findall(r"\| ([0-9]\.[0-9]{2})", done.stdout)]
     assert len(ratios) >= 14 and all(0.9 < ratio < 1.1 for ratio in ratios), done.stdout
+
+
+def test_8_bit_moments_are_refused_with_shards(tmp_path):
+    with pytest.raises(SystemExit, match="--adam_bits 8: must be 32 with --shard"):
+        virft.connect(virft.parse_config(["--adam_bits", "8", "--shard", "true", "--out", str(tmp_path / "run")]))
