@@ -214,8 +214,8 @@ def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> T
     distribution that was sampled.
     """
     logits = logits.float() / temperature  # a new tensor, so writing below is safe; bf16 keeps only 2 to 3 digits
-    logits[..., forbidden] = -torch.inf
-    return logits.log_softmax(-1)
+    # By index_fill_: assigning a Python number to logits[..., forbidden] copies it to the GPU and waits for that.
+    return logits.index_fill_(-1, forbidden, -torch.inf).log_softmax(-1)
 
 
 # 2. Sample ---------------------------------------------------------------------------------------
@@ -815,7 +815,9 @@ class Run:
         return rows.split(size) if self.cfg.micro_batch and shares_prompt(self.model) else [rows]
 
     def backward(self, batch: MicroBatch, loss_of: Callable[..., Tensor], unit: int = 1) -> None:
-        with self.timer("train"), self.autocast():
+        # In this thread: a backward thread of its own would leave autocast after each recomputed block and empty the
+        # cache of casts for all, so that the next chunk casts every weight again.
+        with self.timer("train"), self.autocast(), torch.autograd.set_multithreading_enabled(False):
             chunks = self.chunks(batch, unit)
             two_stage_backward(self.model, batch.inputs, batch.ids, chunks, loss_of, **self.distribution)
 

@@ -5,7 +5,7 @@
     python bench/gpu.py --sides virft.py --cases 256,8,1 256,8,4 512,8,4        # needs no TRL
 
 A case is COMPLETION_TOKENS,G,PROMPTS_A_STEP. The models have the sizes of Qwen2-VL-2B and Qwen2.5-VL-3B and random
-weights, so nothing is downloaded; pictures are enlarged to 529 image tokens. Both sides use float32 weights under bf16
+weights, so nothing is downloaded; pictures are enlarged to 484 image tokens. Both sides use float32 weights under bf16
 autocast, the same attention (flash-attn if it is installed, otherwise SDPA), beta 0.04, no EOS and one prompt per
 forward. Sides alternate, and both loops are those of bench/vs_trl.py. "busy" is the share of time in which the GPU
 computed anything, as measured by nvidia-smi. It is nan where nvidia-smi reports nothing (on a part of a GPU, or if
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from bench import vs_trl  # noqa: E402
 from demo import shapes, warm_start  # noqa: E402
 
-SIDE = 644  # pixels of the pictures: 23 x 23 tokens of 28 x 28
+SIDE = 616  # pixels of the pictures: 22 x 22 tokens of 28 x 28, below every limit of pixels
 TEXT = {
     "vocab_size": 151_936, "num_key_value_heads": 2, "max_position_embeddings": 32_768,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},

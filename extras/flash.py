@@ -5,6 +5,7 @@ Sampling stays with SDPA: a decode step gives its mask as a tensor of rows and k
 
 import contextlib
 import importlib.util
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -20,8 +21,13 @@ def usable(device: torch.device) -> bool:
 
 
 def use(model: nn.Module, device: torch.device) -> None:
-    """Switch a model to FlashAttention where GPU and family can."""
-    if usable(device) and getattr(model, "_supports_flash_attn", False):
+    """Switch a model to FlashAttention where GPU and family can.
+
+    Families whose forward takes token_type_ids (Gemma 3, PaliGemma) let the tokens of an image see each other in both
+    directions. flash-attn's masks cannot say so, and transformers would leave that out without a word.
+    """
+    both_ways = "token_type_ids" in inspect.signature(model.forward).parameters
+    if usable(device) and getattr(model, "_supports_flash_attn", False) and not both_ways:
         model.set_attn_implementation(NAME)
 
 

@@ -24,9 +24,13 @@ Step = Callable[[], None]
 
 def record(step: Step) -> Step:
     """Record a step as a CUDA graph, without running it; return the function that runs the graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may copy images to the GPU
-        step()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may copy images to the GPU
+            step()
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # a failed capture does not leave its own
+        raise RuntimeError(str(error.__context__ or error)) from None  # the context says which operation failed
     return graph.replay
 
 
@@ -76,7 +80,7 @@ class Graphs:
             taken += 1
             if replay:
                 replay()
-            elif taken == EAGER_STEPS:
+            elif taken == EAGER_STEPS and self.works:
                 with written:
                     step()
             elif taken > EAGER_STEPS and self.works:

@@ -138,6 +138,7 @@ def patches_of(pixels: Tensor, config: Any) -> int:
     if pixels.dim() < 4:
         return pixels.shape[0] if pixels.dim() == 2 else pixels.shape[0] * pixels.shape[1]
     size = getattr(config.vision_config, "patch_size", 14)
+    size = size if isinstance(size, int) else size[0]  # InternVL has one for each axis
     return pixels[..., 0, 0].numel() // 3 * (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
 
 
@@ -159,7 +160,10 @@ def forecast(
 
     prompts: data.Prompts, whose first example is taken as typical; has: the GPU's memory in bytes.
     """
-    first = data.whole([prompts[0, 0]])[0].inputs
+    prompt = prompts[0, 0]
+    if isinstance(prompt, data.DataError):  # to be reported, or skipped, where its turn comes
+        return "memory: no forecast, because the first example cannot be read"
+    first = prompt.inputs
     P, patches = first["input_ids"].shape[1], patches_of(first["pixel_values"], config)
     need = max(needed(cfg, config, cast_frozen, P, patches, trains, processes).values())
     line = f"memory: needs about {need / GB:.0f} GB, this GPU has {has / GB:.0f}"

@@ -166,6 +166,8 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition("::")[2].partition(".")[0]
         assert name not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"), name
+        # A Python number that is assigned by index becomes a tensor on the CPU, which CUDA copies and waits for.
+        assert name != "index_put_" or args[2].dim() > 0, name
         return func(*args, **(kwargs or {}))
 
 

@@ -153,7 +153,7 @@ def test_a_step_that_freezes_a_number_is_found(capsys):
 
 
 def test_what_a_step_hands_on_is_found():
-    """Also if the step looked at it through a view before, and not what the step made itself or wrote by index_copy_."""
+    """Also if the step looked at it through a view before; not what it made itself or wrote by index_copy_."""
     state, keys, place = torch.zeros(3), torch.zeros(2, 3), torch.tensor([1])
 
     def step():

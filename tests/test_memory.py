@@ -171,7 +171,7 @@ def test_what_adapters_learned_survives_saving(make_run, llava_dir, tmp_path):
     for step, given in run.steps():
         ro = virft.rollout(run, given, step)
         virft.update(run, ro._replace(advantages=torch.randn(len(ro.ids))))
-    inputs, before = run.collate(first_prompts(run, 2)), run.reference
+    inputs = run.collate(first_prompts(run, 2))
 
     def logits(model) -> torch.Tensor:
         with torch.no_grad():
@@ -222,12 +222,24 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
         assert line.startswith("memory: needs about") and "--beta" not in line
 
 
-@pytest.mark.parametrize("name, patches", [("LLaVA", 4), ("Qwen2-VL", 24)])
-def test_patches_are_counted(name, patches):
-    inputs = families.prompt(name, [(4, 6)], 8, 1)
-    pixels, size = inputs["pixel_values"], FAMILIES[name].config().vision_config.patch_size
-    expected = pixels.shape[0] if pixels.dim() == 2 else len(pixels) * (pixels.shape[-1] // size) ** 2
-    assert memory.patches_of(pixels, FAMILIES[name].config()) == expected > 3
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_forecast(name):
+    inputs = prompts(name)[0]
+    patches = memory.patches_of(inputs["pixel_values"], FAMILIES[name].config())
+    if "image_grid_thw" in inputs:
+        assert patches == int(inputs["image_grid_thw"].prod(1).sum())
+    assert patches >= 4
+    config, settings = FAMILIES[name].config(), replace(virft.Config(), micro_batch=2)
+    found = memory.needed(settings, config, virft.cast_frozen, inputs["input_ids"].shape[1], patches)
+    assert 1e6 < found["sample"] < 1e9 and 1e6 < found["train"] < 1e9
+
+
+def test_flash_attention_is_left_to_families_whose_masks_it_can_express(monkeypatch):
+    monkeypatch.setattr(flash, "usable", lambda device: True)
+    for name in ("Gemma3", "PaliGemma"):
+        model = families.model(name)
+        flash.use(model, torch.device("cpu"))
+        assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_gpu_that_can_uses_flash_attention_and_samples_with_sdpa(make_run, monkeypatch):
@@ -269,12 +281,12 @@ def test_a_gpu_that_can_uses_flash_attention_and_samples_with_sdpa(make_run, mon
 
 @pytest.mark.slow
 def test_the_forecast_is_what_the_allocator_holds():
-    """Every row of docs/gpus.md within 10%, on a small Qwen2-VL in a GPU's dtypes."""
+    """Eight rows of docs/gpus.md within 10%, on a small Qwen2-VL in a GPU's dtypes on a CPU."""
     import re
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, "bench/memory.py", "--measure"], cwd=ROOT, capture_output=True, text=True, timeout=1200
+        [sys.executable, "bench/memory.py", "--measure"], cwd=ROOT, capture_output=True, text=True, timeout=2400
     )
     assert done.returncode == 0, done.stderr
     ratios = [float(number) for number in re.findall(r"\| ([0-9]\.[0-9]{2})", done.stdout)]
