@@ -47,8 +47,7 @@ def needs(config: object, flags: dict, processes: int) -> dict[str, float]:
 
 
 def words(flags: dict, processes: int = 1) -> str:
-    shown = " ".join(f"--{name} {str(value).lower()}" for name, value in flags.items()) or "(defaults)"
-    return f"`{shown}`" + (f", {processes} processes" if processes > 1 else "")
+    return f"`{memory.words(flags) or '(defaults)'}`" + (f", {processes} processes" if processes > 1 else "")
 
 
 def print_tables() -> None:

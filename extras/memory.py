@@ -168,7 +168,8 @@ def forecast(
     need = max(needed(cfg, config, cast_frozen, P, patches, trains, processes).values())
     line = f"memory: needs about {need / GB:.0f} GB, this GPU has {has / GB:.0f}"
     room, is_dpo = 0.95 * has, not hasattr(cfg, "group_size")  # the rest is for what the allocator cannot use
-    for flags in REMEDIES if trains and need > room else ():
+    for remedy in REMEDIES if trains and need > room else ():
+        flags = {name: value for name, value in remedy.items() if not saves_as_much(name, getattr(cfg, name), value)}
         changed = replace(cfg, **flags)
         if changed.shard and (processes == 1 or changed.adam_bits == 8) or is_dpo and "beta" in flags:
             continue
@@ -176,6 +177,17 @@ def forecast(
         sizes = round(P * share), round(patches * share)
         less = max(needed(changed, config, cast_frozen, *sizes, trains, processes).values())
         if less < room:
-            words = " ".join(f"--{name} {str(value).lower()}" for name, value in flags.items())
-            return f"{line}; with {words} about {less / GB:.0f}"
+            return f"{line}; with {words(flags)} about {less / GB:.0f}"
     return line
+
+
+def saves_as_much(name: str, now: Any, advised: Any) -> bool:
+    """Return whether a setting takes no more memory than the advised value."""
+    if name in ("shard", "freeze_vision"):
+        return now
+    return 0 < now <= advised or now == advised  # 0 switches --micro_batch and --lora_rank off
+
+
+def words(flags: dict[str, Any]) -> str:
+    """Write settings as they are typed."""
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in flags.items())

@@ -45,17 +45,13 @@ def test_the_kl_starts_at_zero_in_a_gpus_dtypes(name):
     assert len(halved) > 10 and not any("norm" in n or "embed_tokens" in n for n in halved)
 
 
-@pytest.mark.parametrize("beta, metric", [(0.04, "kl"), (0.04, "sampler_gap")])
-def test_a_step_in_a_gpus_dtypes_says_its_gaps(make_run, beta, metric, monkeypatch):
+def test_a_step_in_a_gpus_dtypes_says_its_gaps(make_run, monkeypatch):
     """The metric kl is exactly 0; the sampler's log-probabilities differ from the scorer's by rounding."""
     monkeypatch.setattr(virft, "AUTOCAST", "cpu")
-    run = make_run(beta=beta)
+    run = make_run()
     step, given = next(run.steps())
     metrics = virft.update(run, virft.rollout(run, given, step)).reduce(run.accelerator)
-    if metric == "kl":
-        assert metrics["kl"] == 0
-    else:
-        assert 0 < metrics["sampler_gap"] < 0.1
+    assert metrics["kl"] == 0 and 0 < metrics["sampler_gap"] < 0.1
 
 
 def test_the_gap_between_sampler_and_scorer_is_the_mean_over_tokens(make_run):
@@ -214,6 +210,9 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
     assert "with --micro_batch 2 --shard true about" in said(30e9, processes=8)
     assert "with --micro_batch 1 --lora_rank 16 --max_pixels 200704 about" in said(11.2e9)
     assert "adam_bits" not in said(20e9, processes=2, shard=True), "the command line would refuse it"
+    frugal = said(11.2e9, micro_batch=1, max_pixels=100_000)
+    assert frugal.endswith("GB, this GPU has 11") or "micro_batch" not in frugal and "max_pixels" not in frugal
+    assert "with --lora_rank 16 about" in said(24e9, micro_batch=1)
     assert "--" not in said(2e9), "nothing fits, nothing is advised"
     assert memory.FLOAT32_BLOCK == virft.FLOAT32_BLOCK
     for config_of_dpo in (mia_dpo.TrainConfig(), mia_dpo.BuildConfig()):
