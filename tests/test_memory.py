@@ -212,7 +212,7 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
     assert "adam_bits" not in said(20e9, processes=2, shard=True), "the command line would refuse it"
     frugal = said(11.2e9, micro_batch=1, max_pixels=100_000)
     assert frugal.endswith("GB, this GPU has 11") or "micro_batch" not in frugal and "max_pixels" not in frugal
-    assert "with --lora_rank 16 about" in said(24e9, micro_batch=1)
+    assert "with --freeze_vision true --beta 0.0 --adam_bits 8 about" in said(24e9, micro_batch=1), "1 stays 1"
     assert "--" not in said(2e9), "nothing fits, nothing is advised"
     assert memory.FLOAT32_BLOCK == virft.FLOAT32_BLOCK
     for config_of_dpo in (mia_dpo.TrainConfig(), mia_dpo.BuildConfig()):
