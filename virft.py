@@ -112,7 +112,7 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
-    micro_batch: int = setting(0, "completions per training pass; 0: G; more than G: N groups at once", least=0)
+    micro_batch: int = setting(0, "completions per training pass; 0: one group (G); N x G: N groups together", least=0)
     lr: float | None = setting(None, "learning rate, decaying to 0; default 1e-6, with --lora_rank 1e-5", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
@@ -165,14 +165,14 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     mask = inputs["attention_mask"]  # [B, P]
     # Positions must not count padding. Models with three rotary axes (Qwen-VL, GLM-V) compute theirs from mask and
     # image grids. rope_deltas is (next position) minus (number of tokens): an image has fewer positions than tokens.
-    # Every prompt has an image: of a text alone the model would keep the offset of an earlier prompt.
+    # This relies on every prompt having an image: for text alone the model would keep an earlier prompt's rope_deltas.
     rope = next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
     positions = {} if rope else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     out = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
     position = mask.sum(1, keepdim=True)  # of the next token
     if rope:
         position = (position + rope.rope_deltas).expand(3, -1, -1)  # text has the same position on all axes
-    # This selects Mllama's cross_attention_mask [B, P, images, tiles]: no other input goes on after [B, P].
+    # This selects Mllama's cross_attention_mask [B, P, images, tiles]: the only input [B, P, ...] with more dimensions.
     # A completion attends to the images that the last prompt token attends to.
     cross_masks = {name: x[:, -1:] for name, x in inputs.items() if x.dim() > 2 and x.shape[:2] == mask.shape}
     return Prefix(out.past_key_values, out.logits[:, -1], mask, position, cross_masks)
@@ -184,7 +184,8 @@ def fork(prefix: Prefix, rows: Tensor) -> Prefix:
     Copying keys and values once per completion is cheap; repeating prompts would cost G vision towers and G * P tokens.
     Indexing is differentiable: the gradients of all copies add up in the one prompt. Shallow copies of cache and layers
     suffice, because `reorder_cache` gives a copy its own keys and values. The token counter of a static layer and the
-    states of a linear-attention layer remain shared, so a prefix with such layers is forked once; `sample` drops it.
+    states of a linear-attention layer remain shared, so a prefix with such layers may be forked only once; `sample`
+    drops the original.
     """
     cache = copy.copy(prefix.cache)
     cache.layers = [copy.copy(layer) for layer in cache.layers]
@@ -342,8 +343,8 @@ def sample(
                 advance = capture(step)  # anew: other tensors, of another shape
     else:
         choose()
-    # At least two columns: `branch` gets all tokens but the last, so of one column none would be left, and with --shard
-    # every process must run the same forward passes.
+    # Keep at least two columns: `branch` gets all tokens but the last, so with one it would have nothing to run, and
+    # with --shard a process that skips a forward pass makes the others wait forever.
     C = max(2, int(completion_mask(ids, eos).sum(1).max()))
     return ids[:, :C], logps[:, :C]
 
@@ -815,8 +816,8 @@ class Run:
         return rows.split(size) if self.cfg.micro_batch and shares_prompt(self.model) else [rows]
 
     def backward(self, batch: MicroBatch, loss_of: Callable[..., Tensor], unit: int = 1) -> None:
-        # In this thread: a backward thread of its own would leave autocast after each recomputed block and empty the
-        # cache of casts for all, so that the next chunk casts every weight again.
+        # Run backward in this thread. In autograd's own thread each recomputed block would enter and leave the
+        # outermost autocast, which empties the shared cache of casts: the next chunk would cast every weight again.
         with self.timer("train"), self.autocast(), torch.autograd.set_multithreading_enabled(False):
             chunks = self.chunks(batch, unit)
             two_stage_backward(self.model, batch.inputs, batch.ids, chunks, loss_of, **self.distribution)
@@ -1002,7 +1003,7 @@ def build(
     placed(model)
     if trains:
         if cfg.beta and not adapters:
-            # In float32 like the policy, then cast: loaded in bf16, buffers would be rounded that the policy's are not.
+            # Load it in float32 like the policy, then cast: loading in bf16 would round buffers too.
             reference = placed(load_model(cfg.model, torch.float32, device).requires_grad_(False))
         trained = [p for p in model.parameters() if p.requires_grad]
         if cfg.adam_bits == 8:
@@ -1128,7 +1129,7 @@ def save_model(run: Run) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder next to its place, then rename it: readers find the old one or the new one, never a part."""
+    """Write a folder beside its place, then rename it, so that readers never find a part of it."""
     new, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
     if old.exists() and not folder.exists():  # killed between the two renames below
         old.rename(folder)
@@ -1193,7 +1194,7 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
-    """Return the rule that --out holds no run or model. With only config.json and setup.txt no step was taken: new."""
+    """Return the rule that --out is new. With only config.json and setup.txt it is, because no step was taken."""
     out = Path(cfg.out)
     there = {file.name for file in out.iterdir()} - {"config.json", "setup.txt"} if out.is_dir() else set()
     taken = out.is_file() or "config.json" in os.listdir(out) and there if out.exists() else False

@@ -1,4 +1,4 @@
-"""Measure this project on your GPU with one command, in at most 30 minutes, and print a row to send in.
+"""Measure this project on your GPU with one command, in 30 minutes once the model is there; print a row.
 
     bash run.sh prove                                       # Qwen2-VL-2B from the hub
     bash run.sh prove --data COCO_DIR                       # and twenty steps of few-shot COCO
@@ -45,7 +45,9 @@ class Config:
     data: str | None = setting(None, "folder with COCO's annotations and images, for twenty steps of training")
     case: str = setting("256,8,16", "completion tokens, G, prompts a step")
     steps: int = setting(3, "timed steps", least=1)
-    rehearse: bool = setting(False, "use the demo's model and two steps on a CPU")
+    rehearse: bool = setting(
+        False, "try the command on a CPU with the demo's model, one timed step, and two few-shot steps with --data"
+    )
     side: str = setting("", "measure this side only, in this process, in --folder", choices=("", *SIDES))
     folder: str | None = setting(None, "folder that the command has prepared")
 
@@ -177,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             C, G, prompts = map(int, cfg.case.split(","))
             token = ours["phases"]["sample"] / C * 1000
             need = "no GPU" if cfg.rehearse else f"{forecast(cfg, ours['prompt']) / 1e9:.1f} GB"
-            print(f"forecast: {need}; {token:.1f} ms a decoded token of {G * prompts} rows")
+            print(f"forecast: {need}; {token:.1f} ms per decode step of {G * prompts} rows")
         learned = few_shot(cfg, folder, started) if cfg.data else "not run"
         print("\nPlease send this row in as an issue:\n")
         print(f"| card | case | {' | '.join(SIDES)} | few-shot COCO, reward |\n|{'---|' * (len(SIDES) + 3)}")

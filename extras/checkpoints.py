@@ -138,7 +138,7 @@ def gathered_moments(run: Any) -> dict[str, Tensor]:
         for key, value in run.optimizer.state.get(parameter, {}).items():
             value = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
             if run.main:
-                moments[f"{key}/{name}"] = value.to("cpu", copy=True)  # 8-bit AdamW shares its tables of values
+                moments[f"{key}/{name}"] = value.to("cpu", copy=True)  # 8-bit moments share a table, as no file may
     return moments
 
 

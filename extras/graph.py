@@ -93,8 +93,8 @@ class Graphs:
     def compared(self, step: Step, state: list[Tensor]) -> Step | None:
         """Take one step by replay, undo it, and take it again eagerly; return the replay if both agree.
 
-        Only the eager step counts. Python has run the step once more while it was recorded, so a Python number that
-        changes from step to step is another one in the replay.
+        The result of the eager step is kept. Recording and the eager step each run the step's Python code once, so a
+        Python number that changes with every run differs between the two, and the comparison finds it.
         """
         try:
             replay = self.record(step)
@@ -115,7 +115,7 @@ class Graphs:
 
 
 def agree(replayed: Tensor, eager: Tensor) -> bool:
-    """Compare integers exactly (tokens are drawn from logits that both started with) and other numbers by CLOSE."""
+    """Compare integers exactly, because both drew the token from the same logits, and other numbers within CLOSE."""
     if not eager.is_floating_point():
         return torch.equal(replayed, eager)
     return bool((replayed - eager).float().norm() <= CLOSE * eager.float().norm())

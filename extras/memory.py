@@ -37,7 +37,7 @@ TEXT_H, TEXT_F = 37, 8
 VISION_D = 47  # of a patch in a vision block: VISION_D x width. A checkpointed block keeps its float32 input, 4 x width
 FLOAT32_BLOCK = 2**23  # virft's
 PREFILL_D = 36  # of a patch in a vision block without gradients, x width
-PATCH_PIXELS = 4704  # the pixels of a Qwen-VL patch, in float32
+PATCH_PIXELS = 4704  # bytes of the input of a Qwen-VL patch: 2 x 3 x 14 x 14 float32 numbers
 DRAW = 30  # of a logit while a token is drawn: 2 (bf16) + 4 (float32) + 3 x 8 (float64)
 MOMENTS = {32: 8, 8: 2}  # of both moments of a parameter
 
@@ -134,7 +134,7 @@ def needed(
 
 
 def patches_of(pixels: Tensor, config: Any) -> int:
-    """Return how many vision patches `pixel_values` hold: one a row, or images [..., height, width]."""
+    """Return how many vision patches `pixel_values` hold: [patches, x], [images, patches, x] or [..., H, W]."""
     if pixels.dim() < 4:
         return pixels.shape[0] if pixels.dim() == 2 else pixels.shape[0] * pixels.shape[1]
     size = getattr(config.vision_config, "patch_size", 14)
@@ -142,7 +142,7 @@ def patches_of(pixels: Tensor, config: Any) -> int:
     return pixels[..., 0, 0].numel() // 3 * (pixels.shape[-2] // size) * (pixels.shape[-1] // size)
 
 
-REMEDIES = (  # those that change least of what is learned first
+REMEDIES = (  # in this order: first those that change least of what is learned
     {"micro_batch": 2},
     {"micro_batch": 2, "adam_bits": 8},
     {"micro_batch": 2, "shard": True},

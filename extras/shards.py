@@ -29,7 +29,8 @@ def shard(model: nn.Module, dtype: torch.dtype | None) -> None:
     for part in parts(model):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
-    # Note which parameters are trained now. The first forward would, and it may be one with the adapters switched off.
+    # Let FSDP register now which parameters are trained. Otherwise it does so at the first forward, which may run with
+    # the adapters switched off.
     fully_shard.state(model)._lazy_init()
 
 
@@ -41,7 +42,7 @@ def parts(model: nn.Module) -> list[FSDPModule]:
 def whole_weights(model: nn.Module, main: bool, only: str = "") -> dict[str, Tensor]:
     """Gather the weights on the main process, one tensor at a time; tied weights stay one tensor.
 
-    Every process must call this. only: a part of the names of the weights to gather.
+    Every process must call this. only: gather weights whose name contains this.
     """
     weights, written = {}, {}
     for name, tensor in model.state_dict().items():

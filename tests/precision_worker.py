@@ -1,9 +1,9 @@
-"""Two updates on given completions in a GPU's dtypes, written down: what test_memory.py launches in 1 and 2 processes.
+"""Take two updates on fixed completions in a GPU's dtypes and save gradients and weights, for test_memory.py.
 
     python tests/precision_worker.py OUT [virft.py flags]
 
-A run with --resume true takes the second update only. Completions are functions of a prompt's slot, because sampled
-ones would differ where only rounding does.
+A run with --resume true takes the second update only. Completions depend only on step and slot, because sampled
+ones could differ between runs by rounding alone.
 """
 
 import sys

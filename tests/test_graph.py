@@ -87,7 +87,7 @@ def test_the_sampler_in_bf16_differs_from_the_scorer_by_rounding(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_recorded_step_samples_the_same_tokens(name, monkeypatch, capsys):
-    """Once per shape, with a step that takes and returns nothing; halving the batch records anew."""
+    """Record a step once per shape, and again when the batch is halved."""
     monkeypatch.setattr(virft, "LOOK_EVERY", 6)
     recorded, replays, captured = graph.Graphs(record), [], []
 
@@ -153,7 +153,7 @@ def test_a_step_that_freezes_a_number_is_found(capsys):
 
 
 def test_what_a_step_hands_on_is_found():
-    """Also if the step looked at it through a view before; not what it made itself or wrote by index_copy_."""
+    """Find state even if the step read it through a view first; leave out what it made or wrote by index_copy_."""
     state, keys, place = torch.zeros(3), torch.zeros(2, 3), torch.tensor([1])
 
     def step():

@@ -70,7 +70,7 @@ def test_the_gap_between_sampler_and_scorer_is_the_mean_over_tokens(make_run):
 
 @pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Gemma3", "Mllama", "Idefics3"])
 def test_checkpointed_vision_blocks_change_no_gradient(name):
-    """Every trained block once more in the backward pass, none without gradients, none of a frozen tower."""
+    """Run every trained block again in the backward pass; recompute nothing without gradients or in a frozen tower."""
     model, inputs, ids = families.model(name), batch(prompts(name)), completions(prompts(name))
     weights, found, calls = torch.randn(ids.shape), [], []
     block = memory.vision_blocks(model)[0]
