@@ -563,8 +563,8 @@ def closeness(completion: str, solution: str) -> float:
     return 1 / (1 + abs(int(number.group()) - int(solution))) if number else 0.0
 """
 MY_ROWS = """\
-{"image": "a.png", "problem": "How many? Write <think> ... </think><answer>number</answer>", "solution": "3"}
-{"images": ["a.png", "b.png"], "problem": "How many more? Write <think> ... </think><answer>number</answer>", \
+{"image": "a.png", "problem": "How many? <think> ... </think><answer>number</answer>", "solution": "3"}
+{"images": ["a.png", "b.png"], "problem": "How many more? <think> ... </think><answer>number</answer>", \
 "solution": "2"}
 """
 MY_COMMAND = "--task rows --data rows.jsonl --rewards my_rewards.py:closeness format=0.5"
@@ -612,7 +612,7 @@ def test_my_reward_on_my_rows(llava_dir, tmp_path, monkeypatch, signals):
     assert [chosen["closeness"][0](f"<answer>{n}</answer>", "3") for n in ("3", "4", "x")] == [1.0, 0.5, 0.0]
     (first, second), _ = data.load_examples(TASKS["rows"], "rows.jsonl", "train")
     assert first.solution == "3" and len(second.images) == 2
-    assert TASKS["rows"].question(first, (112, 112), "pixels", True)[0].startswith("How many? Write <think>")
+    assert TASKS["rows"].question(first, (112, 112), "pixels", True)[0].startswith("How many? <think>")
 
 
 def test_reward_is_short_for_rewards():
