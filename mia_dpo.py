@@ -383,6 +383,7 @@ def dpo_update(run: Run, prompts: list[Prompt], step: int) -> tuple[Averages, li
         pairs = prompts[start : start + at_once]
         batch = MicroBatch(pairs, run.collate(pairs), *pair_ids(run, pairs))
         logp_ref = (run.reference_logps(batch) * batch.mask).sum(1)  # [n], of whole answers
+        run.lap("reference")
 
         def loss_of(rows: Tensor, token_logp: Tensor, entropy: Tensor) -> Tensor:
             mask = batch.mask[rows]
@@ -403,6 +404,7 @@ def dpo_update(run: Run, prompts: list[Prompt], step: int) -> tuple[Averages, li
             return loss.sum() / cfg.prompts_per_step  # of all processes: their gradients are added up
 
         run.backward(batch, loss_of, unit=2)
+        run.lap("train")
     optimizer_step(run, metrics)
     return metrics, rows_of_step
 

@@ -573,7 +573,7 @@ class MicroBatch(NamedTuple):
 def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     """Take items 2 to 4 of the list at the top: sample, reward, compare. A group is never split among processes."""
     cfg, G = run.cfg, run.cfg.group_size
-    with run.timer("sample"), run.sampling(), run.gathered():
+    with run.sampling(), run.gathered():
         # The slot is in the key because with few examples one can come twice in a step. The 0 is the round, see
         # data.draw_examples.
         keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]
@@ -584,6 +584,7 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
         # uses the scorer's as log pi_old, so rho starts at exactly 1. That the tokens were drawn from a slightly
         # different distribution is not corrected.
         ids, logp = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution, capture=run.capture)
+    run.lap("sample")
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
     parts = {
@@ -595,6 +596,7 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     # Truncated completions stay in the group's mean. They usually earn little: without them the mean would rise, and
     # the advantage of completions that ended would fall.
     advantages = group_advantages(rewards, scale).flatten().to(run.device)
+    run.lap("reward")
     return Rollout(prompts, ids, logp, mask, truncated, texts, parts, rewards, advantages)
 
 
@@ -604,18 +606,19 @@ def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
     The reference scores each micro-batch here, once for all inner epochs. Completions that are masked as a whole go
     through all passes too, so that every process makes the same calls.
     """
-    cfg, G, parts = run.cfg, run.cfg.group_size, []
+    cfg, G, parts, lengths = run.cfg, run.cfg.group_size, [], ro.mask.sum(1).tolist()
     counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
     weights, divisor = NORMALIZATIONS[cfg.loss](counted, cfg.max_completion_tokens)
     at_once = max(1, cfg.micro_batch // G)
     for start in range(0, len(ro.prompts), at_once):
         prompts, rows = ro.prompts[start : start + at_once], slice(start * G, (start + at_once) * G)
-        C = max(2, int(ro.mask[rows].sum(1).max()))  # at least two columns, as in `sample`
+        C = max(2, *lengths[rows])  # at least two columns, as in `sample`
         ids, mask, w, logp = (x[rows, :C] for x in (ro.ids, counted, weights, ro.logp))
         A, inputs = ro.advantages[rows], run.collate(prompts)
-        batch = MicroBatch(prompts, inputs, ids, mask, w, A, logp_sampled=logp, logp_old=torch.zeros_like(logp))
-        parts.append(batch._replace(logp_ref=run.reference_logps(batch)))
-    return parts, divisor
+        old = torch.zeros_like(logp)
+        parts.append(MicroBatch(prompts, inputs, ids, mask, w, A, logp_sampled=logp, logp_old=old))
+    # After the loop, because copying to a GPU, as `collate` does, waits for what the GPU was given before.
+    return [batch._replace(logp_ref=run.reference_logps(batch)) for batch in parts], divisor
 
 
 def update(run: "Run", ro: Rollout) -> "Averages":
@@ -627,6 +630,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
     """
     cfg, metrics = run.cfg, Averages()  # means over the tokens, inner epochs and processes of the step
     batches, own_divisor = micro_batches(run, ro)
+    run.lap("reference")
     divisor = run.accelerator.reduce(own_divisor.float(), "sum").clamp(min=1)  # not 0 / 0 if all are masked
     for epoch in range(cfg.inner_epochs):
         for batch in batches:
@@ -644,7 +648,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                 metrics.add("loss", loss.detach(), 0)  # its count is the divisor, added once per epoch below
                 found = {"kl": kl, "clip_fraction": clipped, "entropy": entropy, "sampler_gap": gap}
                 for name, values in found.items():
-                    metrics.add(name, values[mask].sum(), mask.sum())
+                    metrics.add(name, torch.where(mask, values, 0).sum(), mask.sum())
                 return loss / divisor
 
             run.backward(batch, loss_of)
@@ -677,19 +681,19 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
 
     A norm that is not finite skips the step, because one bad batch must not ruin the weights, and is counted.
     """
-    with run.timer("train"):
-        trained = [p for p in run.model.parameters() if p.requires_grad]
-        if run.accelerator.num_processes > 1 and not run.cfg.shard:  # FSDP has summed: extras/shards.py
-            exchange_gradients(trained)
-        norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)  # after the exchange: of the whole gradient
-        norm = float(norm.full_tensor() if run.cfg.shard else norm)
-        finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
-        if finite:
-            # From here until `write` the step is partly applied, and checkpoints hold whole steps: an error in between
-            # saves the model only.
-            run.whole = False
-            run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    if run.accelerator.num_processes > 1 and not run.cfg.shard:  # FSDP has summed: extras/shards.py
+        exchange_gradients(trained)
+    norm = nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)  # after the exchange: of the whole gradient
+    norm = float(norm.full_tensor() if run.cfg.shard else norm)
+    finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
+    if finite:
+        # From here until `write` the step is partly applied, and checkpoints hold whole steps: an error in between
+        # saves the model only.
+        run.whole = False
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.lap("train")
     metrics.add("grad_norm", norm if finite else 0.0, finite)
     metrics.add("skipped_updates", not finite)
 
@@ -744,7 +748,9 @@ class Averages(dict):
     """Sums and counts of metrics by name: means stay exact over micro-batches and processes of unequal size."""
 
     def add(self, name: str, total, count=1) -> None:
-        self[name] = self.get(name, 0.0) + torch.tensor([float(total), float(count)], dtype=torch.float64)
+        """Add numbers or tensors of one number. Tensors stay where they are: reading one waits for the GPU."""
+        sums = self.get(name, (0.0, 0.0))
+        self[name] = sums[0] + total, sums[1] + count
 
     def put(self, name: str, total, count=1) -> None:
         """Add a metric that comes once a step; ValueError where its name is taken."""
@@ -754,7 +760,8 @@ class Averages(dict):
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Return the means over all processes, which must hold the same names in the same order."""
-        table = accelerator.reduce(torch.stack(list(self.values())).to(accelerator.device), "sum").tolist()
+        own = [[float(total), float(count)] for total, count in self.values()]
+        table = accelerator.reduce(torch.tensor(own, dtype=torch.float64, device=accelerator.device), "sum").tolist()
         return {name: total / count if count > 0 else 0.0 for name, (total, count) in zip(self, table)}
 
 
@@ -777,6 +784,7 @@ class Run:
     bar: Any = None  # the progress bar of `steps`
     whole: bool = True  # False while a step is partly applied to weights and moments
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the current step
+    clock: float = field(default_factory=time.perf_counter)  # when the last phase ended
 
     @property
     def device(self) -> torch.device:
@@ -806,8 +814,8 @@ class Run:
     @contextlib.contextmanager
     def sampling(self):
         """Set the model up for `sample`: no gradients, bf16 on GPUs, and SDPA, which takes the masks of `visible`."""
-        flash = extra("flash")
-        with torch.no_grad(), self.autocast(), flash.paused(self.model) if flash else contextlib.nullcontext():
+        attention = extra("attention")
+        with torch.no_grad(), self.autocast(), attention.paused(self.model) if attention else contextlib.nullcontext():
             yield
 
     def chunks(self, batch: MicroBatch, unit: int = 1) -> Sequence[Tensor]:
@@ -818,7 +826,7 @@ class Run:
     def backward(self, batch: MicroBatch, loss_of: Callable[..., Tensor], unit: int = 1) -> None:
         # Run backward in this thread. In autograd's own thread each recomputed block would enter and leave the
         # outermost autocast, which empties the shared cache of casts: the next chunk would cast every weight again.
-        with self.timer("train"), self.autocast(), torch.autograd.set_multithreading_enabled(False):
+        with self.autocast(), torch.autograd.set_multithreading_enabled(False):
             chunks = self.chunks(batch, unit)
             two_stage_backward(self.model, batch.inputs, batch.ids, chunks, loss_of, **self.distribution)
 
@@ -827,19 +835,16 @@ class Run:
         if not self.cfg.beta:
             return None
         off = self.adapters.disable_adapter() if self.adapters else contextlib.nullcontext()
-        with self.timer("reference"), self.autocast(), off:
+        with self.autocast(), off:
             model, chunks = self.reference or self.model, self.chunks(batch)
             return chunked_logps(model, batch.inputs, batch.ids, chunks, **self.distribution)
 
-    @contextlib.contextmanager
-    def timer(self, phase: str):
-        """Add the seconds of a phase to self.seconds. CUDA is asynchronous: synchronize before reading the clock."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
-        yield
-        wait()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    def lap(self, phase: str) -> None:
+        """Count the seconds since the last call as those of a phase of the step."""
+        if self.device.type == "cuda":  # it works on while Python goes on: wait before reading the clock
+            torch.cuda.synchronize()
+        last, self.clock = self.clock, time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock - last
 
     def steps(self) -> Iterator[tuple[int, list[Prompt]]]:
         """Yield (step, this process's prompts) for the remaining steps; set the learning rate and show progress."""
@@ -854,6 +859,7 @@ class Run:
                 tqdm.write(f"skipped: {flaw}")
                 seen.add(flaw)
             self.seconds.clear()
+            self.clock = time.perf_counter()
             for group in self.optimizer.param_groups:  # linear warm-up, linear decay to 0 after the last step
                 group["lr"] = cfg.lr * min(1.0, step / (cfg.warmup_steps + 1)) * (1.0 - (step - 1) / cfg.steps)
             yield step, prompts
@@ -968,7 +974,8 @@ def build(
     """
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
     bf16, shard, memory, graph = device.type == AUTOCAST, trains and cfg.shard, extra("memory"), extra("graph")
-    flash = extra("flash")
+    if attention := extra("attention"):
+        attention.share_keys()
     if trains and cfg.resume:
         saved = extra("checkpoints", "--resume").find(cfg, prompts.examples)
     if device.type == "cuda" and memory:
@@ -980,8 +987,8 @@ def build(
         """Store frozen weights compactly, choose the attention and, with --shard, divide the weights."""
         if bf16:
             cast_frozen(model)
-        if flash and trains:
-            flash.use(model, device)
+        if attention and trains:
+            attention.use(model, device)
         if shard:
             extra("shards", "--shard").shard(model, torch.bfloat16 if bf16 else None)
         return model

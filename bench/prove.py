@@ -7,7 +7,7 @@
 It prints the environment, seconds per phase and peak memory of training next to the forecast of extras/memory.py, the
 same for TRL's GRPOTrainer if it is installed (pip install trl==1.16.0; with vLLM too if that is installed), the rewards
 of twenty steps if --data is given, and a table row. Pictures, questions and loops are those of bench/vs_trl.py: prompts
-of about 600 tokens, 256 tokens a completion, no EOS. It trains all weights, which needs a card of 80 GB for the 2B
+of about 700 tokens, 256 tokens a completion, no EOS. It trains all weights, which needs a card of 80 GB for the 2B
 model: 57 GB for the phases, 66 for few-shot COCO. A part that fails or takes too long is reported and left out.
 """
 
@@ -96,7 +96,7 @@ def measure(cfg: Config) -> dict:
     sizes, folder = [int(n) for n in cfg.case.split(",")], Path(cfg.folder)
     meter = CpuMeter if cfg.rehearse else gpu.Meter
     if cfg.side == "virft.py":
-        return vs_trl.ours(folder, *sizes, cfg.steps, False, meter)
+        return vs_trl.ours(folder, *sizes, cfg.steps, False, meter, max_pixels=gpu.SIDE**2)
     return vs_trl.theirs(folder, *sizes, cfg.steps, meter, **SIDES[cfg.side])
 
 

