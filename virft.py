@@ -136,7 +136,7 @@ class Config:
 
 
 AUTOCAST = "cuda"  # devices that compute in bf16; tests rehearse a GPU's dtypes with "cpu"
-FLOAT32_BLOCK = 2**23  # logits that are float32 at once: 32 MiB
+FLOAT32_BLOCK = 2**22  # logits that are float32 at once: 16 MiB, or a 32nd of all if that is more, see `token_logps`
 LOOK_EVERY = 16  # tokens after which the sampler checks which rows have ended; each check synchronizes with the GPU
 MAX_GRAD_NORM = 1.0  # the paper's
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # the paper's
@@ -214,7 +214,7 @@ def log_distribution(logits: Tensor, temperature: float, forbidden: Tensor) -> T
     placeholders: a sampled one would be treated as an image. The scorer excludes them too, so that it scores the
     distribution that was sampled.
     """
-    logits = logits.float() / temperature  # a new tensor, so writing below is safe; bf16 keeps only 2 to 3 digits
+    logits = logits.to(torch.float32, copy=True).div_(temperature)  # bf16 keeps only 2 to 3 digits
     # By index_fill_: assigning a Python number to logits[..., forbidden] copies it to the GPU and waits for that.
     return logits.index_fill_(-1, forbidden, -torch.inf).log_softmax(-1)
 
@@ -376,8 +376,9 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return log pi of the chosen tokens and the entropy of their distributions (no gradient), both [N, C] float32.
 
-    logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits and
-    recomputed in the backward pass. If it were stored, it would take several times 4 V bytes a token (V = 150,000).
+    logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits, or in 32
+    blocks, and recomputed in the backward pass. If it were stored, it would take several times 4 V bytes a token
+    (V = 150,000). More blocks than 32 would save little beside the logits, and a GPU would wait for Python.
     The model's layers are not recomputed; chunks of completions (`two_stage_backward`) bound what they store.
     """
 
@@ -387,7 +388,7 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
             entropy = torch.special.entr(logp.exp()).sum(-1)  # entr(0) = 0, where p * log p would be 0 * inf
         return logp.gather(-1, ids[..., None]).squeeze(-1), entropy
 
-    at_once = max(1, FLOAT32_BLOCK // logits.shape[-1])
+    at_once = max(1, max(FLOAT32_BLOCK, logits.numel() // 32) // logits.shape[-1])
     blocks = zip(logits.flatten(0, 1).split(at_once), ids.flatten().split(at_once))
     done = [checkpoint(tokens, *block, use_reentrant=False) for block in blocks]
     logps, entropies = zip(*done)

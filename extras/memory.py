@@ -9,7 +9,7 @@ Bytes of one process at the peak of a training pass, for T trained parameters:
                   blocks and what autograd keeps in one
     completions   what autograd keeps of a chunk's tokens; each completion's copy of the prompt's keys and values, which
                   SDPA expands to all heads; the logits and their gradient
-    log-softmax   a few float32 blocks of FLOAT32_BLOCK numbers, whatever the length
+    log-softmax   a few float32 copies of a block of logits, see virft.token_logps
 
 While sampling: weights, moments, casts (with --shard of all weights, which are gathered for the whole rollout), and a
 static cache of P + C tokens for every completion of the step, once and a half while the batch is halved. The
@@ -35,7 +35,7 @@ GB = 1e9
 # Bytes that autograd keeps of a token in a text layer: TEXT_H x hidden size + TEXT_F x width of the MLP.
 TEXT_H, TEXT_F = 37, 8
 VISION_D = 47  # of a patch in a vision block: VISION_D x width. A checkpointed block keeps its float32 input, 4 x width
-FLOAT32_BLOCK = 2**23  # virft's
+FLOAT32_BLOCK = 2**22  # virft's
 PREFILL_D = 36  # of a patch in a vision block without gradients, x width
 PATCH_PIXELS = 4704  # bytes of the input of a Qwen-VL patch: 2 x 3 x 14 x 14 float32 numbers
 DRAW = 30  # of a logit while a token is drawn: 2 (bf16) + 4 (float32) + 3 x 8 (float64)
@@ -123,11 +123,12 @@ def needed(
     token = layers * (TEXT_H * h + TEXT_F * text.intermediate_size)
     expanded = 4 * h * layers  # where a mask is needed, SDPA expands keys and values to all heads
     patch = 0 if cfg.freeze_vision or rank else 4 * sum(widths) + VISION_D * max(widths, default=0)
+    logits = chunk * C * V
     training = {
         "gradients": 4 * T / shards, "casts": casts + 2 * head_cast,  # the prompt's and the chunk's
         "prompts": encoded * (P * (token - expanded) + patches * patch),
-        "completions": chunk * (C * token + P * expanded + (2 * P + C) * cache + 4 * V * C),
-        "log-softmax": 16 * min(FLOAT32_BLOCK, chunk * C * V),
+        "completions": chunk * (C * token + P * expanded + (2 * P + C) * cache) + 4 * logits,
+        "log-softmax": 12 * min(logits, max(FLOAT32_BLOCK, logits // 32)),
     }  # fmt: skip
     gathered = 2 * (sum(p.numel() for p in stored) + adapters) if cfg.shard else casts
     return {"train": states + sum(training.values()), "sample": states + gathered + max(prefill, decode)}
@@ -156,7 +157,7 @@ REMEDIES = (  # in this order: first those that change least of what is learned
 def forecast(
     cfg: Any, config: Any, prompts: Any, trains: bool, processes: int, cast_frozen: Callable, has: float
 ) -> str:  # fmt: skip
-    """Describe what a run needs and, if the GPU has less than that, flags with which it would fit.
+    """Describe what a run needs, and flags with which it would fit or, if there is room, take less time.
 
     prompts: data.Prompts, whose first example is taken as typical; has: the GPU's memory in bytes.
     """
@@ -178,6 +179,14 @@ def forecast(
         less = max(needed(changed, config, cast_frozen, *sizes, trains, processes).values())
         if less < room:
             return f"{line}; with {words(flags)} about {less / GB:.0f}"
+    # A pass over one group is so short that a GPU waits for Python.
+    for groups in (4, 2) if trains and need < room and not is_dpo else ():
+        rows = groups * cfg.group_size
+        if max(cfg.micro_batch, cfg.group_size) < rows <= cfg.group_size * cfg.prompts_per_step // processes:
+            changed = replace(cfg, micro_batch=rows)
+            more = max(needed(changed, config, cast_frozen, P, patches, trains, processes).values())
+            if more < room:
+                return f"{line}; --micro_batch {rows} takes less time and about {more / GB:.0f} GB"
     return line
 
 

@@ -204,7 +204,11 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
         cfg = replace(virft.Config(), **flags)
         return memory.forecast(cfg, config, run.prompts, True, processes, virft.cast_frozen, has)
 
-    assert said(80e9).startswith("memory: needs about ") and "--" not in said(80e9)
+    assert said(67e9).startswith("memory: needs about ") and "--" not in said(67e9)
+    assert "this GPU has 96; --micro_batch 16 takes less time and about 8" in said(96e9)
+    assert "--micro_batch 32 takes less time and about 1" in said(150e9)
+    assert "--" not in said(150e9, prompts_per_step=1) and "--micro_batch 16" in said(150e9, prompts_per_step=2)
+    assert "--" not in said(150e9, micro_batch=32) and "--micro_batch 16" in said(150e9, 8, micro_batch=8)
     assert "this GPU has 48; with --micro_batch 2 --adam_bits 8 about " in said(48e9)
     assert "with --micro_batch 2 --lora_rank 16 about" in said(24e9)
     assert "with --micro_batch 2 --shard true about" in said(30e9, processes=8)
