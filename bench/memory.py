@@ -3,11 +3,14 @@
     python bench/memory.py                  # the tables of docs/gpus.md, by the formula of extras/memory.py
     python bench/memory.py --measure        # the same flags on a small Qwen2-VL on the CPU, in a GPU's dtypes: formula
                                             # against the peak that torch.profiler's memory events show, in minutes
+    MALLOC_MMAP_THRESHOLD_=32768 torchrun --nproc_per_node 2 bench/memory.py --measure
+                                            # --shard, on a model 14 times as large, against resident memory (Linux)
 
 Prompts have P = patches / 4 + 110 tokens: our detection prompt has about 110 tokens of text.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -76,14 +79,14 @@ def print_tables() -> None:
 SMALL = {"P": 140, "grid": (20, 20), "G": 8, "C": 48, "prompts": 2}  # 400 patches of 14 pixels, 100 tokens
 
 
-def small_config() -> transformers.Qwen2VLConfig:
-    """A Qwen2-VL whose parts have about the proportions of the 2B model, 500 times smaller."""
+def small_config(width: int) -> transformers.Qwen2VLConfig:
+    """A Qwen2-VL whose parts have about the proportions of the 2B model, with width 1 500 times smaller."""
     text = gpu.TEXT | {
-        "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 1120, "num_hidden_layers": 4,
+        "vocab_size": 4096, "hidden_size": 192 * width, "intermediate_size": 1120 * width, "num_hidden_layers": 4,
         "num_attention_heads": 6, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": 0,
     }  # fmt: skip
-    text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [4, 6, 6]}
-    vision = {"depth": 5, "num_heads": 4, "embed_dim": 160, "hidden_size": 192, "mlp_ratio": 4}
+    text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": [4 * width, 6 * width, 6 * width]}
+    vision = {"depth": 5, "num_heads": 4, "embed_dim": 160 * width, "hidden_size": 192 * width, "mlp_ratio": 4}
     special = {"vision_start_token_id": 1, "vision_end_token_id": 2, "image_token_id": 3, "video_token_id": 4}
     return transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
 
@@ -107,62 +110,78 @@ def peak(work: object) -> int:
     return max(accumulate(changes))
 
 
-def measured(folder: Path, flags: dict) -> tuple[dict[str, float], dict[str, float]]:
+def resident(work: object) -> int:
+    """Return how far the memory of this process rose while `work` ran.
+
+    With FSDP, which frees memory by resizing it, the profiler misses what was allocated before it started.
+    MALLOC_MMAP_THRESHOLD_ makes malloc return what is freed to the system.
+    """
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the most that was resident
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def measured(folder: Path, flags: dict, width: int) -> tuple[dict[str, float], dict[str, float]]:
     """Return bytes at the peak of sampling and of the second update: by the formula, and as allocated."""
     virft.AUTOCAST = "cpu"
     virft.rollout_metrics = lambda run, ro: {}
-    G, C, B = SMALL["G"], SMALL["C"], SMALL["prompts"]
+    G, C, B, processes = SMALL["G"], SMALL["C"], SMALL["prompts"], int(os.environ.get("WORLD_SIZE", "1"))
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value).lower())]
     cfg = virft.parse_config(
-        ["--model", str(folder), "--max_completion_tokens", str(C), "--prompts_per_step", str(B), *argv]
+        ["--model", str(folder), "--max_completion_tokens", str(C), "--prompts_per_step", str(B * processes), *argv]
     )
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
     prompts = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer))
     run = virft.build(cfg, virft.connect(cfg), prompts, {}, trains=True)
     run.collate = lambda prompts: batch_of(len(prompts))
     ids, ones = torch.randint(100, 4000, (B * G, C)), torch.ones(B * G, C)
-    ro = virft.Rollout(
-        [None] * B,
-        ids,
-        ones,
-        ones.bool(),
-        torch.zeros(B * G).bool(),
-        [],
-        {},
-        ones[:, :1].view(B, G),
-        torch.randn(B * G),
-    )
+    judged = ([], {}, ones[:, :1].view(B, G), torch.randn(B * G))
+    ro = virft.Rollout([None] * B, ids, ones, ones.bool(), torch.zeros(B * G).bool(), *judged)
     virft.update(run, ro)  # the moments exist from now on
     held = [p for model in (run.model, run.reference) if model for p in model.parameters()]
     held += [x for state in run.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    held = [x.to_local() if hasattr(x, "to_local") else x for x in held]
     base = sum({x.data_ptr(): x.numel() * x.element_size() for x in held}.values())
 
     def sample() -> None:
-        with torch.no_grad(), run.autocast():
+        with run.sampling(), run.gathered():
             noise = torch.rand(B * G, C, dtype=torch.float64)
             virft.sample(run.model, batch_of(B), G, noise, C, torch.tensor([-1]), **run.distribution)
 
-    found = {"train": base + peak(lambda: virft.update(run, ro)), "sample": base + peak(sample)}
+    rise = resident if cfg.shard else peak
+    found = {"train": base + rise(lambda: virft.update(run, ro)), "sample": base + rise(sample)}
     patches = SMALL["grid"][0] * SMALL["grid"][1]
-    return memory.needed(cfg, small_config(), virft.cast_frozen, SMALL["P"], patches), found
+    config = small_config(width)
+    return memory.needed(cfg, config, virft.cast_frozen, SMALL["P"], patches, True, processes), found
 
 
 def print_measured() -> None:
-    print(f"Qwen2-VL with {SMALL}, MB: formula / allocated\n")
-    print("| flags | train | ratio | sample | ratio |\n|---|---|---|---|---|")
+    rows = [flags for flags, processes in FLAGS if processes == 1 and "max_completion_tokens" not in flags]
+    width, main = 1, os.environ.get("RANK", "0") == "0"
+    if "RANK" in os.environ:
+        rows, width = [{"micro_batch": 1, "shard": True}, {"micro_batch": 8, "shard": True}], 4
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        model = transformers.AutoModelForImageTextToText.from_config(small_config(), dtype=torch.bfloat16)
+        model = transformers.AutoModelForImageTextToText.from_config(small_config(width), dtype=torch.bfloat16)
         model.save_pretrained(folder)
-        for flags, _ in FLAGS:
-            if "shard" in flags or "max_completion_tokens" in flags:
-                continue
-            formula, found = measured(Path(folder), {k: v for k, v in flags.items() if k != "max_pixels"})
+        if main:
+            print(f"Qwen2-VL of {sum(p.numel() for p in model.parameters()):,} parameters, {SMALL}, MB\n")
+            print("| flags | train: formula / allocated | ratio | sample | ratio |\n|---|---|---|---|---|")
+        for flags in rows:
+            kept = {name: value for name, value in flags.items() if name != "max_pixels"}  # pictures are below it
+            formula, found = measured(Path(folder), kept, width)
             cells = [
                 f"{formula[phase] / 1e6:.0f} / {found[phase] / 1e6:.0f} | {formula[phase] / found[phase]:.2f}"
                 for phase in ("train", "sample")
             ]
-            print(f"| {words(flags)} | {' | '.join(cells)} |", flush=True)
+            if main:
+                print(f"| {words(flags)} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
