@@ -815,8 +815,8 @@ class Run:
     @contextlib.contextmanager
     def sampling(self):
         """Set the model up for `sample`: no gradients, bf16 on GPUs, and SDPA, which takes the masks of `visible`."""
-        attention = extra("attention")
-        with torch.no_grad(), self.autocast(), attention.paused(self.model) if attention else contextlib.nullcontext():
+        flash = extra("flash")
+        with torch.no_grad(), self.autocast(), flash.paused(self.model) if flash else contextlib.nullcontext():
             yield
 
     def chunks(self, batch: MicroBatch, unit: int = 1) -> Sequence[Tensor]:
@@ -975,8 +975,7 @@ def build(
     """
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
     bf16, shard, memory, graph = device.type == AUTOCAST, trains and cfg.shard, extra("memory"), extra("graph")
-    if attention := extra("attention"):
-        attention.share_keys()
+    flash = extra("flash")
     if trains and cfg.resume:
         saved = extra("checkpoints", "--resume").find(cfg, prompts.examples)
     if device.type == "cuda" and memory:
@@ -988,8 +987,8 @@ def build(
         """Store frozen weights compactly, choose the attention and, with --shard, divide the weights."""
         if bf16:
             cast_frozen(model)
-        if attention and trains:
-            attention.use(model, device)
+        if flash and trains:
+            flash.use(model, device)
         if shard:
             extra("shards", "--shard").shard(model, torch.bfloat16 if bf16 else None)
         return model

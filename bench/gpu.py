@@ -149,11 +149,12 @@ class Meter:
         return {"peak": torch.cuda.max_memory_allocated(), "busy": busy}
 
 
-def measure(side: str, case: str, steps: int, folder: Path, meter: type = Meter) -> dict:
+def measure(side: str, case: str, steps: int, folder: Path, micro_batch: int, meter: type = Meter) -> dict:
     sizes = [int(n) for n in case.split(",")]
     if side == "TRL":
         return vs_trl.theirs(folder, *sizes, steps, meter)
-    return vs_trl.ours(folder, *sizes, steps, side == "repeated", meter, max_pixels=SIDE**2)
+    more = {"max_pixels": SIDE**2, "micro_batch": micro_batch}
+    return vs_trl.ours(folder, *sizes, steps, side == "repeated", meter, **more)
 
 
 def table_rows(shape: str, case: str, rounds: list[dict]) -> str:
@@ -180,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--cases", nargs="+", default=["256,8,4"], help="COMPLETION_TOKENS,G,PROMPTS_A_STEP")
+    parser.add_argument("--micro_batch", type=int, default=0, help="of virft.py")
     parser.add_argument("--rounds", type=int, default=2, help="alternations")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--sides", nargs="+", choices=vs_trl.SIDES, default=vs_trl.SIDES)
@@ -189,7 +191,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench/gpu.py: torch sees no GPU here; bench/vs_trl.py compares on CPUs")
     if args.side:
-        print(json.dumps(measure(args.side, args.cases[0], args.steps, args.folder)))
+        print(json.dumps(measure(args.side, args.cases[0], args.steps, args.folder, args.micro_batch)))
         return
     vs_trl.need_trl("TRL" in args.sides)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}\n")
@@ -203,7 +205,7 @@ def main() -> None:
             write_data(Path(folder) / "data", 40)
             write_model(shape, Path(folder) / "model")  # on the CPU, so that this process uses no GPU memory
             for case in args.cases:
-                argv = ("--cases", case, "--steps", args.steps, "--folder", folder)
+                argv = ("--cases", case, "--steps", args.steps, "--folder", folder, "--micro_batch", args.micro_batch)
                 rounds = [
                     {side: vs_trl.in_a_process(__file__, "--side", side, *argv) for side in args.sides}
                     for _ in range(args.rounds)

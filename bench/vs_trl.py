@@ -45,7 +45,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import data  # noqa: E402
 import virft  # noqa: E402
 from demo import shapes, warm_start  # noqa: E402
-from extras import attention  # noqa: E402
+from extras import flash  # noqa: E402
 
 PATCH = 14
 CASE = "IMAGE_SIDE,COMPLETION_TOKENS,G,PROMPTS_A_STEP"
@@ -132,7 +132,7 @@ def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, **setti
 
     processor, gpu = AutoProcessor.from_pretrained(folder / "model"), torch.cuda.is_available()
     model = virft.load_model(str(folder / "model"), torch.float32, torch.device("cuda" if gpu else "cpu"))
-    attention.use(model, model.device)  # as our side does, where it is installed
+    flash.use(model, model.device)  # as our side does, where it is installed
     eos, forbidden = virft.special_tokens(model, processor)
     examples, _ = data.read_coco(str(folder / "data"), "train")
     rows = []

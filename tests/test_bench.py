@@ -74,8 +74,8 @@ def test_gpu_bench_measures_a_small_model(side, tmp_path, monkeypatch):
         def read(self):
             return super().read() | {"busy": 0.5}
 
-    result = gpu.measure(side, "6,2,2", 1, tmp_path, Meter)
-    assert result["prompt"] > 16 and result["phases"].keys() == {"sample", "reference", "train"}
+    result = gpu.measure(side, "6,2,2", 1, tmp_path, 0, Meter)
+    assert result["prompt"] > 16 and result["phases"].keys() == {"sample", "reward", "reference", "train"}
     row = gpu.table_rows("Qwen2-VL-2B", "6,2,2", [{side: result, "TRL": result}]).splitlines()[0]
     assert row.startswith(f"| Qwen2-VL-2B | {result['prompt']}, 6, 2, 2 | {side} |") and row.endswith("| 1.0 |")
     assert "| 50% |" in row and len(row.split("|")) == 13

@@ -17,7 +17,7 @@ import mia_dpo
 import virft
 from bench import memory as bench
 from conftest import ROOT, first_prompts
-from extras import attention, memory
+from extras import flash, memory
 from families import FAMILIES, batch, gradients, prompts
 from test_families import FORBIDDEN, TEMPERATURE, C, G, completions
 from test_scale import flat, launch
@@ -238,10 +238,10 @@ def test_every_family_has_a_forecast(name):
 
 
 def test_flash_attention_is_left_to_families_whose_masks_it_can_express(monkeypatch):
-    monkeypatch.setattr(attention, "usable", lambda device: True)
+    monkeypatch.setattr(flash, "usable", lambda device: True)
     for name in ("Gemma3", "PaliGemma"):
         model = families.model(name)
-        attention.use(model, torch.device("cpu"))
+        flash.use(model, torch.device("cpu"))
         assert model.config._attn_implementation == "sdpa"
 
 
@@ -265,10 +265,10 @@ def test_a_gpu_that_can_uses_flash_attention_and_samples_with_sdpa(make_run, mon
 
     ALL_ATTENTION_FUNCTIONS.register("mask_in_two_dimensions", stand_in)
     ALL_MASK_ATTENTION_FUNCTIONS.register("mask_in_two_dimensions", ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
-    monkeypatch.setattr(attention, "NAME", "mask_in_two_dimensions")
+    monkeypatch.setattr(flash, "NAME", "mask_in_two_dimensions")
     results = []
     for usable in (False, True):
-        monkeypatch.setattr(attention, "usable", lambda device, usable=usable: usable)
+        monkeypatch.setattr(flash, "usable", lambda device, usable=usable: usable)
         run = make_run()
         step, given = next(run.steps())
         seen.clear()

@@ -79,7 +79,7 @@ def test_training_writes_what_it_promises(trained):
     promised = {
         "loss", "kl", "clip_fraction", "entropy", "grad_norm", "skipped_updates", "reward", "reward/iou",
         "reward/confidence", "reward/format", "reward_std", "zero_variance_groups", "completion_tokens", "truncated",
-        "parsed", "no_objects", "empty_think", "seconds/sample", "seconds/reference", "seconds/train",
+        "parsed", "no_objects", "empty_think", "seconds/sample", "seconds/reward", "seconds/reference", "seconds/train",
         "tokens_per_second",
     }  # fmt: skip
     assert promised <= rows[0].keys()
