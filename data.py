@@ -1,6 +1,6 @@
 """Tasks: how a dataset on disk becomes images, prompts and solutions.
 
-    reader -> Example -> open_images(fit)  -> images as the model sees them
+    reader -> Example -> open_images()     -> images, for the model's own processor
                       -> task.question()   -> the question, which states its coordinate convention
                       -> model_solution()  -> the ground truth that the rewards compare the answer with
 
@@ -24,7 +24,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,6 +58,8 @@ COORDINATES_OF_FAMILY = {
     **dict.fromkeys(("internvl", "glm4v", "glm4v_moe", "glm46v"), "relative"),
     "llava": "relative",  # LLaVA 1.5 learned decimals in 0..1: the same frame in other units
 }
+# By config.model_type: the model sees images on a canvas with padding, by their processors' code and by measurement.
+PADDED = ("mllama", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_ocr2", "janus", "aria", "glm5_next", "kimi_k25")
 
 
 def model_size(coordinates: str, seen_size: Size) -> Size:
@@ -122,66 +124,55 @@ MAX_ASPECT = 200  # Qwen's processors refuse longer images, and there is nothing
 ImageSource = Path | Callable[[], BinaryIO]  # a file, or a function that opens one (an image in a table)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Compute the image size that a processor leaves unchanged, so that images are resized only once, by us.
+def show_whole_images(images: Any, max_pixels: int) -> list[str]:
+    """Let an image processor show whole images of at most max_pixels; return what a person should know about it.
 
-    exact: (width, height) of processors with one fixed input size. Otherwise both sides become multiples of `multiple`,
-    min_pixels <= width * height <= max_pixels, and the aspect ratio changes as little as possible.
+    The processor keeps these settings when it is saved, so whoever loads it sees the same pixels.
     """
-
-    multiple: int
-    min_pixels: int
-    max_pixels: int
-    exact: Size | None = None
-
-    def size(self, width: int, height: int) -> Size:
-        """Return the (width, height) of the fitted image."""
-        if self.exact:
-            return self.exact
-        area, m = width * height, self.multiple
-        scale, cell = 1.0, round
-        if round(width / m) * round(height / m) * m * m > self.max_pixels:
-            scale, cell = math.sqrt(self.max_pixels / area), math.floor
-        elif round(width / m) * round(height / m) * m * m < self.min_pixels:
-            scale, cell = math.sqrt(self.min_pixels / area), math.ceil
-        fitted_width, fitted_height = (max(1, cell(side * scale / m)) * m for side in (width, height))
-        # A side shorter than one cell was raised to one cell. For thin strips this can exceed max_pixels: shorten them.
-        if fitted_width * fitted_height > self.max_pixels:
-            longest = max(m, self.max_pixels // m // m * m)
-            fitted_width, fitted_height = min(fitted_width, longest), min(fitted_height, longest)
-        return fitted_width, fitted_height
+    name, notes = type(images).__name__, []
+    if getattr(images, "do_center_crop", False):  # squash an image to the size of the crop instead
+        images.size, images.do_center_crop = images.crop_size, False
+    size = {edge: value for edge, value in dict(images.size or {}).items() if value}
+    if size.keys() >= {"shortest_edge", "longest_edge"} and hasattr(images, "merge_size"):  # areas, not edges
+        times = 2 if name.startswith("Glm") else 1  # GLM-V counts each image as two frames
+        most = min(max_pixels, size["longest_edge"] // times)
+        least = min(max(MIN_PIXELS, size["shortest_edge"] // times), most)
+        images.size = {"shortest_edge": least * times, "longest_edge": most * times}
+    else:
+        notes.append(f"{name} has no limit in pixels: --max_pixels changes nothing; see --processor_options")
+    return notes
 
 
-def image_fit(image_processor, max_pixels: int, min_pixels: int = MIN_PIXELS) -> Fit:
-    """Derive the Fit of a Hugging Face image processor, so that the processor neither resizes nor crops.
+PLAIN = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}  # numbers stay gray levels
+BORDERS = {"left": 200, "right": 220, "top": 240, "bottom": 180}  # gray levels
 
-    Raises DataError for a processor whose sizes are not understood: a second resizing or a crop would move the boxes.
+
+def lost_borders(images: Any) -> list[str]:
+    """Return the borders that an image processor cuts off: those whose gray level is not in what it returns."""
+    picture = Image.new("L", (640, 427), 100)
+    boxes = ((0, 12, 12, 415), (628, 12, 640, 415), (0, 0, 640, 12), (0, 415, 640, 427))
+    for box, level in zip(boxes, BORDERS.values()):
+        picture.paste(level, box)
+    seen = images(images=[picture.convert("RGB")], **PLAIN)["pixel_values"].float()
+    return [name for name, level in BORDERS.items() if ((seen - level).abs() < 2).float().mean() < 0.002]
+
+
+@cache
+def seen_size(images: Any, size: Size) -> Size:
+    """Return the (width, height) in pixels at which a model sees an image of `size`, by what its processor returns.
+
+    images: the image processor. Raises DataError where it does not tell: it makes tiles or adds padding.
     """
-    crops = getattr(image_processor, "do_center_crop", False)  # an image of exactly crop_size loses nothing to the crop
-    size = dict(getattr(image_processor, "crop_size" if crops else "size", None) or {})
-    if "height" in size and "width" in size:
-        return Fit(1, 1, size["height"] * size["width"], (size["width"], size["height"]))
-    patch, merge = getattr(image_processor, "patch_size", None), getattr(image_processor, "merge_size", None)
-    if isinstance(patch, int) and isinstance(merge, int) and {"shortest_edge", "longest_edge"} <= size.keys():
-        # In Qwen-VL's processors these two "edges" are areas in pixels.
-        return Fit(patch * merge, max(min_pixels, size["shortest_edge"]), min(max_pixels, size["longest_edge"]))
-    raise DataError(
-        f"{type(image_processor).__name__} with size {size} resizes images in a way that this project does not know; "
-        "known are one fixed height and width (LLaVA, SigLIP, CLIP) and patch multiples within a pixel range (Qwen-VL)"
-    )
-
-
-def check_fit(image_processor, fit: Fit) -> None:
-    """Process a fitted noise image. Raises DataError if the processor resizes or crops it."""
-    noise = Image.effect_noise((640, 427), 64).convert("RGB").resize(fit.size(640, 427))
-    switches = {name: False for name in ("do_resize", "do_center_crop") if hasattr(image_processor, name)}
-    processed, untouched = (
-        image_processor(images=[noise], return_tensors="np", **kw)["pixel_values"] for kw in ({}, switches)
-    )
-    if processed.shape != untouched.shape or not (processed == untouched).all():
-        name = type(image_processor).__name__
-        raise DataError(f"{name} resizes or crops an image that was fitted to {noise.size}: boxes would be displaced")
+    inputs = images(images=[Image.new("RGB", size, "white")], **PLAIN)
+    fixed, pixels = dict(images.size or {}), inputs["pixel_values"]
+    if (pixels > 254).all():  # no padding
+        if "image_grid_thw" in inputs:
+            _, rows, columns = inputs["image_grid_thw"][0].tolist()
+            return columns * images.patch_size, rows * images.patch_size
+        if pixels.dim() == 4 and (len(pixels), *pixels.shape[2:]) == (1, fixed.get("height"), fixed.get("width")):
+            return fixed["width"], fixed["height"]
+    name = type(images).__name__
+    raise DataError(f"{name} does not tell the size that the model sees, which pixels refer to: --coordinates relative")
 
 
 @contextmanager
@@ -250,10 +241,9 @@ class Example:
     coordinates: str | None = None  # the convention that `question` uses; None: that of the model family
 
 
-def open_images(example: Example, fit: Fit) -> list[Image.Image]:
-    """Load the images of an example as the model sees them: decoded, upright, RGB, resized once."""
-    images = [open_image(example.images[0], example.size), *map(open_image, example.images[1:])]
-    return [image.resize(fit.size(*image.size), Image.Resampling.BICUBIC) for image in images]
+def open_images(example: Example) -> list[Image.Image]:
+    """Load the images of an example: decoded, upright, RGB. The model's processor resizes them."""
+    return [open_image(example.images[0], example.size), *map(open_image, example.images[1:])]
 
 
 def model_solution(example: Example, target: Size) -> Any:
@@ -846,6 +836,7 @@ class Prompt:
     solution: Any  # ground truth in those coordinates, for the rewards
     slot: int  # index among the prompts of a step, over all processes
     skipped: tuple[str, ...] = ()  # errors of the examples that this one replaces
+    opening: str = ""  # what the chat template has already written of the answer's <think>
 
 
 @dataclass(eq=False)
@@ -858,12 +849,16 @@ class Prompts(torch.utils.data.Dataset):
     task: Task
     examples: list[Example]
     processor: Any
-    fit: Fit
     coordinates: str
     think: bool = True
     system_prompt: str | None = None
     max_length: int | None = None  # in tokens; longer prompts are refused, never cut
     replace_bad: bool = False  # replace an example that cannot be encoded by the next: a step keeps its size
+    template: dict[str, Any] = field(default_factory=dict)  # --template_options
+
+    def __post_init__(self):
+        for example in () if self.replace_bad else self.examples:  # now, not at the step that meets it
+            self.refuse_placeholders(example, example.question or "")
 
     def __getitem__(self, key: tuple[int, int]) -> Prompt | DataError:
         slot, index = key
@@ -882,13 +877,22 @@ class Prompts(torch.utils.data.Dataset):
 
     def encode(self, example: Example, slot: int = 0) -> Prompt:
         """Encode one example. Raises DataError for an image that does not open and a prompt that is too long."""
-        images = open_images(example, self.fit)
-        question, target = self.task.question(example, images[0].size, self.coordinates, self.think)
+        images = open_images(example)
+        frame = self.frame(images[0].size, example.coordinates)
+        question, target = self.task.question(example, frame, self.coordinates, self.think)
+        self.refuse_placeholders(example, question)
         messages = [{"role": "user", "content": content_of(question, len(images))}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = dict(self.processor(text=[text], images=images, return_tensors="pt"))
+        text = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **self.template
+        )
+        bos = self.processor.tokenizer.bos_token
+        once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written it
+        try:
+            inputs = dict(self.processor(text=[text], images=images, return_tensors="pt", **once))
+        except ValueError as error:  # such as a strip that is too long for a processor
+            raise DataError(f"example {example.id}: {type(self.processor).__name__} refuses it: {error}") from None
         inputs.pop("labels", None)  # PaliGemma's processor adds labels, for supervised training
         length = inputs["input_ids"].shape[1]
         if self.max_length is not None and length > self.max_length:
@@ -896,7 +900,46 @@ class Prompts(torch.utils.data.Dataset):
                 f"example {example.id}: its prompt has {length} tokens, and the model has room for {self.max_length} "
                 "next to the completion; prompts are never cut: lower --max_pixels or --max_completion_tokens"
             )
-        return Prompt(example, inputs, target, model_solution(example, target), slot)
+        opened = re.search(r"<think>(\s*</think>)?\s*$", text)
+        # An empty closed block is the block if thoughts are asked for. If they are not, it is no part of the answer.
+        opening = opened[0] if opened and (self.think or not opened[1]) else ""
+        return Prompt(example, inputs, target, model_solution(example, target), slot, opening=opening)
+
+    def frame(self, size: Size, coordinates: str | None = None) -> Size:
+        """Return the size that pixel coordinates refer to, of an image of `size`; with other coordinates `size`."""
+        pixels = self.task.boxes and (coordinates or self.coordinates) == "pixels"
+        return seen_size(self.processor.image_processor, size) if pixels else size
+
+    def refuse_placeholders(self, example: Example, question: str) -> None:
+        """Raise DataError for a question that holds the processor's own mark of an image, which would count as one."""
+        marks = {getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")} - {None, IMAGE_MARK}
+        if found := [mark for mark in marks if isinstance(mark, str) and mark in question]:
+            raise DataError(
+                f"example {example.id}: its text holds {found[0]}, which stands for an image in this model's prompts: "
+                f"write {IMAGE_MARK} where an image belongs, or take it out"
+            )
+
+
+def turn_end(processor: Any) -> int | None:
+    """Return the token with which the chat template ends an assistant's turn, or None if it writes none."""
+    turns = [{"role": role, "content": [{"type": "text", "text": "words"}]} for role in ("user", "assistant")]
+    after = processor.apply_chat_template(turns, tokenize=False).rpartition("words")[2].lstrip()
+    ids = processor.tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+    return ids[0] if ids and ids[0] in processor.tokenizer.get_added_vocab().values() else None
+
+
+def options(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE pairs; a value is JSON (false, 2, {...}) or else a string. Raises DataError for another form."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise DataError(f"--{flag} {pair}: must be NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 IMAGE_MARK = "<image>"  # marks the place of an image in a question
@@ -945,6 +988,7 @@ def collate(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
 
     A tensor is a sequence if its first two dimensions are those of input_ids. Others (pixels, grids, image sizes) have
     one row per image or patch, in the order of the prompts. Other dimensions are padded with zeros, as processors do.
+    One exception: MiniCPM-V's pixels [1, 3, 14, patches * 14] are joined along the last dimension.
     """
     length = max(p.inputs["input_ids"].shape[1] for p in prompts)
     batch = {}
@@ -953,6 +997,9 @@ def collate(prompts: Sequence[Prompt], pad_id: int) -> dict[str, Tensor]:
         if first.shape[:2] == prompts[0].inputs["input_ids"].shape:
             fill = pad_id if name == "input_ids" else 0
             tensors = [F.pad(t, (0, 0) * (t.dim() - 2) + (length - t.shape[1], 0), value=fill) for t in tensors]
+        if name == "pixel_values" and "target_sizes" in prompts[0].inputs:
+            batch[name] = torch.cat(tensors, -1)
+            continue
         widest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
         missing = [[n for most, have in zip(widest[::-1], t.shape[:0:-1]) for n in (0, most - have)] for t in tensors]
         batch[name] = torch.cat([F.pad(t, zeros) for t, zeros in zip(tensors, missing)])

@@ -110,6 +110,8 @@ class BuildConfig:
     max_pixels: int = as_in_virft("max_pixels")
     coordinates: str = as_in_virft("coordinates")
     system_prompt: str | None = as_in_virft("system_prompt")
+    template_options: list[str] = as_in_virft("template_options")
+    processor_options: list[str] = as_in_virft("processor_options")
     answers: int = setting(1, "answers sampled per question; 0: only write the questions, for virft.py", least=0)
     max_completion_tokens: int = as_in_virft("max_completion_tokens", 128)
     temperature: float = as_in_virft("temperature")
@@ -138,6 +140,8 @@ class TrainConfig:
     out: str = as_in_virft("out", "runs/mia_dpo")
     max_pixels: int = as_in_virft("max_pixels")
     system_prompt: str | None = as_in_virft("system_prompt")
+    template_options: list[str] = as_in_virft("template_options")
+    processor_options: list[str] = as_in_virft("processor_options")
     skip_bad_images: bool = as_in_virft("skip_bad_images")
 
     beta: float = setting(0.1, "DPO's beta: scale of the log-ratio to the reference", "The algorithm", above=0)
@@ -369,7 +373,8 @@ def pair_ids(run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
     """Tokenize the chosen and rejected answers of B pairs, each with EOS; return ids and mask [B * 2, C]."""
     tokenizer = run.prompts.processor.tokenizer
     encoded = tokenizer([text for p in prompts for text in p.solution], add_special_tokens=False)["input_ids"]
-    rows = [torch.tensor(ids + [tokenizer.eos_token_id]) for ids in encoded]
+    end = data.turn_end(run.prompts.processor) or tokenizer.eos_token_id
+    rows = [torch.tensor(ids + [end]) for ids in encoded]
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
     mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
     return ids.to(run.device), mask.to(run.device)
@@ -476,11 +481,11 @@ class Questions(Dataset):
             else:
                 sheet, placed = picture_in_picture(*pictures)
             files, frame = [self.write(sheet, str(i))], sheet.size
-        task, fit, coordinates = self.prompts.task, self.prompts.fit, self.prompts.coordinates
+        task, coordinates = self.prompts.task, self.prompts.coordinates
         if task.boxes:
             boxes = data.map_boxes(example.solution, lambda box: place_box(box, size, placed))
             example = replace(example, solution=boxes, size=frame)
-        asked, answer = single_image_question(task, example, fit.size(*frame), coordinates)
+        asked, answer = single_image_question(task, example, self.prompts.frame(frame), coordinates)
         words = rng.choice(PIP_PHRASES) if layout.kind == "pip" else f"In Image {target + 1}, "
         prompt = multi_image_prompt(layout, words, asked)
         composed = Example(f"{name}/{i}", tuple(files), None, answer, example.category, question=prompt)
@@ -509,7 +514,7 @@ def image_parts(prompts: Prompts, question: Question, prompt: Prompt, tokens: in
     layout = LAYOUTS[question.layout]
     if layout.kind != "sequence":
         return regions(layout, *token_grid(prompts.processor, prompt.inputs, tokens)), False
-    sizes = [prompts.fit.size(*data.image_size(image)) for image in question.example.images]
+    sizes = [data.image_size(image) for image in question.example.images]
     counts = [tokens // len(sizes)] * len(sizes)
     if len(set(sizes)) > 1:
         counts = [image_tokens(prompts, size, len(sizes)) for size in sizes]
@@ -670,11 +675,12 @@ def build(argv: list[str]) -> None:
     examples, notes = data.load_examples(task, cfg.data, "train", **chosen)
     if several := [e.id for e in examples if len(e.images) != 1]:
         raise DataError(f"example {several[0]} has several images; a build starts from questions about one")
-    processor, fit, coordinates, positions = load_processor(cfg, cfg.coordinates)
+    processor, coordinates, positions = load_processor(cfg, cfg.coordinates)
     if task.boxes and coordinates != "relative" and not cfg.answers:
         raise SystemExit("--answers 0: rows hold boxes in 0..1000; --coordinates relative")
     room = positions - cfg.max_completion_tokens
-    prompts = Prompts(task, examples, processor, fit, coordinates, False, cfg.system_prompt, room)
+    template = data.options("template_options", cfg.template_options)
+    prompts = Prompts(task, examples, processor, coordinates, False, cfg.system_prompt, room, template=template)
     questions = Questions(prompts, reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed)
     run = build_run(cfg, accelerator, prompts, {}, trains=False, temperature=cfg.temperature)
     say("\n".join(notes))
@@ -765,10 +771,11 @@ def train(argv: Sequence[str]) -> None:
     cfg = parse_train(argv)
     accelerator, pairs = connect(cfg), read_pairs(Path(cfg.pairs), cfg.skip_bad_images)
     cfg.steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.prompts_per_step))
-    processor, fit, coordinates, positions = load_processor(cfg, "relative")
+    processor, coordinates, positions = load_processor(cfg, "relative")
     longest = max(len(ids) for ids in processor.tokenizer([text for e in pairs for text in e.solution])["input_ids"])
     task, room = replace(TASKS["rows"], name="pairs"), positions - longest - 1
-    shown = (processor, fit, coordinates, False, cfg.system_prompt, room, cfg.skip_bad_images)
+    template = data.options("template_options", cfg.template_options)
+    shown = (processor, coordinates, False, cfg.system_prompt, room, cfg.skip_bad_images, template)
     run = build_run(cfg, accelerator, Prompts(task, pairs, *shown), {}, trains=True)
     open_out(run, 2, "answers", [f"{name}: {text}" for name, text in zip(("chosen", "rejected"), pairs[0].solution)])
     with guarded(run) as stopping:

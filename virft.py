@@ -97,6 +97,8 @@ class Config:
     coordinates: str = setting("auto", "coordinates of the model; relative: 0..1000", choices=("auto", *CONVENTIONS))
     think: bool = setting(True, "ask for <think> before <answer>; false: answer alone, also in the format reward")
     system_prompt: str | None = setting(None, "system message before each question")
+    template_options: list[str] = setting([], "NAME=VALUE for the chat template, as enable_thinking=false")
+    processor_options: list[str] = setting([], "NAME=VALUE for the image processor, as max_patches=4")
 
     rewards: list[str] = setting([], "NAME=WEIGHT, as iou=1 my.py:my_reward=2; default: the task's", "The algorithm")
     iou_threshold: float = setting(0.5, "a box counts as found if its IoU is above this", least=0, below=1)
@@ -587,7 +589,8 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
         ids, logp = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution, capture=run.capture)
     run.lap("sample")
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
-    texts = run.decode(ids, mask)  # for the rewards only: training uses the sampled ids, never text tokenized again
+    # For the rewards only: training uses the sampled ids, never text tokenized again.
+    texts = [prompts[i // G].opening + text for i, text in enumerate(run.decode(ids, mask))]
     parts = {
         name: torch.tensor([float(reward(text, prompts[i // G].solution)) for i, text in enumerate(texts)]).view(-1, G)
         for name, (reward, _) in run.rewards.items()
@@ -800,9 +803,12 @@ class Run:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
-        """Return the texts of completions, without the EOS and the padding after it."""
+        """Return the texts of completions, without the EOS and the padding after it.
+
+        Other special tokens stay: <think> and <answer> are such tokens in some tokenizers.
+        """
         rows = [row[keep].tolist() for row, keep in zip(ids, mask & ~torch.isin(ids, self.eos))]
-        return self.prompts.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self.prompts.processor.tokenizer.batch_decode(rows)
 
     def autocast(self):
         """Compute in bf16 on GPUs. Trained weights stay float32; bf16 copies are cached until the context ends."""
@@ -882,7 +888,7 @@ def pretrained(auto: Any, model: str, **settings) -> Any:
     """Call from_pretrained of one of transformers' Auto classes; model: a folder, or NAME[@REVISION] on the hub."""
     name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
     with loading("model", model):
-        return auto.from_pretrained(name, revision=revision or None, **settings)
+        return auto.from_pretrained(name, revision=revision or None, trust_remote_code=False, **settings)
 
 
 def load_model(name: str, dtype: Any, device: torch.device) -> nn.Module:
@@ -908,26 +914,37 @@ def cast_frozen(model: nn.Module) -> None:
             p.data = p.data.to(torch.float32 if p in exact else torch.bfloat16)
 
 
-def load_processor(cfg: Any, coordinates: str) -> tuple[Any, data.Fit, str, int]:
-    """Load a processor; return it, how it sizes images, the coordinates, and how many positions the model has."""
+def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
+    """Load a processor that shows whole images; return it, the coordinates, and how many positions the model has."""
     config = pretrained(transformers.AutoConfig, cfg.model)
     processor = pretrained(transformers.AutoProcessor, cfg.model)
     if getattr(processor, "chat_template", None) is None:
         raise SystemExit(f"model {cfg.model} has no chat template; an instruction-tuned model is expected")
-    fit = data.image_fit(processor.image_processor, cfg.max_pixels)
-    data.check_fit(processor.image_processor, fit)
+    images = processor.image_processor
+    for name, value in data.options("processor_options", cfg.processor_options).items():
+        if not hasattr(images, name):
+            raise SystemExit(f"--processor_options {name}: {type(images).__name__} has no such setting")
+        setattr(images, name, value)
+    notes = data.show_whole_images(images, cfg.max_pixels)
+    if cfg.max_pixels != Config.max_pixels:
+        say("\n".join(notes))
+    if lost := data.lost_borders(images):
+        raise SystemExit(f"{type(images).__name__} cuts off the {', '.join(lost)} of images: boxes would be displaced")
+    if config.model_type in data.PADDED:
+        say(f"{config.model_type} shows images on a padded canvas: its own 0..1000 may refer to that; see --check")
     if coordinates == "auto":
         coordinates = data.COORDINATES_OF_FAMILY.get(kind := config.model_type)
         if coordinates is None:
             say(f"model type {kind} is not known: coordinates are 0..1000; see --coordinates")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    return processor, fit, coordinates or "relative", positions
+    return processor, coordinates or "relative", positions
 
 
 def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[int]]:
     """Return the ids that end a completion (all EOS ids of the model) and those it may not contain (placeholders)."""
     text, tokenizer = model.config.get_text_config(), processor.tokenizer
     configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
+    configured += (data.turn_end(processor),)
     eos = {token for ids in configured if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
     kinds = ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     forbidden = {token for kind in kinds if isinstance(token := getattr(model.config, kind, None), int)}
@@ -1036,14 +1053,15 @@ def start(cfg: Config) -> Run:
         rewards = choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
     except ValueError as error:
         raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: {error}") from None
-    processor, fit, coordinates, positions = load_processor(cfg, cfg.coordinates)
+    processor, coordinates, positions = load_processor(cfg, cfg.coordinates)
     room = positions - cfg.max_completion_tokens
     if cfg.ask:
         examples = extra("check", "--ask").questions(task, Path(cfg.ask), cfg.categories)
     else:
         examples = load_examples(cfg, "train" if trains else "val")
     asked = (cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
-    prompts = Prompts(task, examples, processor, fit, coordinates, *asked)
+    template = data.options("template_options", cfg.template_options)
+    prompts = Prompts(task, examples, processor, coordinates, *asked, template)
     return build(cfg, accelerator, prompts, rewards, trains, cfg.temperature if trains else 1.0)
 
 
@@ -1154,7 +1172,8 @@ def answer(run: Run, prompts: list[Prompt]) -> list[str]:
     inputs, limit = run.collate(prompts), run.cfg.max_completion_tokens
     with run.sampling():
         ids, _ = sample(run.model, inputs, 1, None, limit, run.eos, **run.distribution, capture=run.capture)
-    return run.decode(ids, completion_mask(ids, run.eos))
+    texts = run.decode(ids, completion_mask(ids, run.eos))
+    return [prompt.opening + text for prompt, text in zip(prompts, texts)]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def measured(folder: Path, flags: dict, width: int) -> tuple[dict[str, float], d
         ["--model", str(folder), "--max_completion_tokens", str(C), "--prompts_per_step", str(B * processes), *argv]
     )
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
-    prompts = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer))
+    silent = {"apply_chat_template": lambda turns, tokenize: ""}
+    prompts = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer, **silent))
     run = virft.build(cfg, virft.connect(cfg), prompts, {}, trains=True)
     run.collate = lambda prompts: batch_of(len(prompts))
     ids, ones = torch.randint(100, 4000, (B * G, C)), torch.ones(B * G, C)

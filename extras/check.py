@@ -1,5 +1,6 @@
 """Inspect a run before training: describe it, sample some answers (--check), ask about a picture (--ask)."""
 
+import contextlib
 import random
 import re
 import resource
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 import data
-from data import Example, Fit, Prompt, Task, boxes_in, model_size, open_image, to_pixels
+from data import DataError, Example, Prompt, Prompts, Task, boxes_in, model_size, open_image, to_pixels
 from extras.report import draw_answer
 from rewards import box_iou
 
@@ -100,17 +101,18 @@ def describe_prompt(run: Any, first: Prompt) -> str:
 # --check.
 
 
-def box_fit(prompts: Sequence[Prompt], texts: Sequence[str], task: Task, fit: Fit, coordinates: str) -> float:
+def box_fit(prompts: Sequence[Prompt], texts: Sequence[str], encoder: Prompts, coordinates: str) -> float:
     """Return how well the boxes of the answers fit if read in these coordinates, in [0, 1].
 
     This is the best IoU of a true box with any answered box, averaged over all true boxes, without threshold or
     matching. texts: G answers per prompt, in the order of the prompts. An answer without boxes counts 0.
+    Raises DataError for pixels if the processor does not tell what they refer to.
     """
     ious, G = [], len(texts) // len(prompts)
     for i, text in enumerate(texts):
         example = prompts[i // G].example
-        target = model_size(coordinates, fit.size(*example.size))
-        found = [to_pixels(box, example.size, target) for box in boxes_in(task.parse(text) or [])]
+        target = model_size(coordinates, encoder.frame(example.size, coordinates))
+        found = [to_pixels(box, example.size, target) for box in boxes_in(encoder.task.parse(text) or [])]
         ious += [max((box_iou(box, true) for box in found), default=0.0) for true in boxes_in(example.solution)]
     return float(np.mean(ious)) if ious else 0.0
 
@@ -131,9 +133,9 @@ def doubts(facts: dict[str, float], in_force: str) -> list[str]:
         found.append(f"many answers are cut off: {remedy}")
     if parses and (here := facts.get(f"iou as {in_force}")) is not None:
         other = {"relative": "pixels", "pixels": "relative"}[in_force]
-        if facts[f"iou as {other}"] > here + 0.1:
+        if facts.get(f"iou as {other}", 0) > here + 0.1:
             found.append(f"the boxes fit better as {other} than as {in_force}: try --coordinates {other}")
-        elif max(here, facts[f"iou as {other}"]) < 0.1:
+        elif max(here, facts.get(f"iou as {other}", 0)) < 0.1:
             found.append("the boxes fit in neither convention: look at the picture; an IoU reward will stay near 0")
     if facts["no_objects"] > facts["true_no_objects"] + 0.3:
         found.append("No Objects is said far more often than it is true: training can collapse into it")
@@ -158,7 +160,8 @@ def check_facts(run: Any, chosen: list[Prompt], rollouts: list) -> dict[str, flo
     facts["true_no_objects"] = sum(p.example.solution == () for p in chosen) / len(chosen)
     if task.boxes:
         for convention in data.CONVENTIONS:
-            facts[f"iou as {convention}"] = box_fit(chosen, texts, task, prompts.fit, convention)
+            with contextlib.suppress(DataError):  # then pixels are no choice either
+                facts[f"iou as {convention}"] = box_fit(chosen, texts, prompts, convention)
         facts["boxes per answer"] = sum(len(boxes_in(task.parse(text) or [])) for text in texts) / len(texts)
         facts["true boxes"] = sum(len(boxes_in(p.example.solution)) for p in chosen) / len(chosen)
     facts |= {f"reward {name}": float(torch.cat([ro.parts[name] for ro in rollouts]).mean()) for name in run.rewards}

@@ -44,6 +44,11 @@ def loading(what: str, name: str) -> Iterator[None]:
     except DataError:  # its message already says what to do
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise SystemExit(
+                f"{what} {name} brings code of its own, which is not run here: take a conversion for transformers' own "
+                "classes (their names often end in -hf), or another family of docs/models.md"
+            ) from None
         kinds = {kind.__name__ for cause in causes(error) for kind in type(cause).__mro__}
         known = next((words for kind, words in REASONS.items() if kind in kinds), None)
         if known is None and not isinstance(error, (OSError, ValueError)):  # these a folder without a model raises

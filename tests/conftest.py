@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -88,3 +89,12 @@ def make_run(llava_dir, shapes_dir, tmp_path):
 def first_prompts(run: virft.Run, count: int) -> list:
     """The prompts of the first step, as training takes them."""
     return [run.prompts[slot, slot] for slot in range(count)]
+
+
+@pytest.fixture
+def signals():
+    """Restore the signal handlers that training replaces."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)

@@ -11,10 +11,10 @@ import pytest
 from conftest import SHARED, shared
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
-from data import DataError, Example, Fit
+from data import DataError, Example
 from rewards import box_iou, iou_reward
 
 COCO = data.TASKS["coco"]
@@ -234,59 +234,66 @@ def test_images_that_do_not_open_are_named(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Fitting and coordinates.
 
-sides = st.integers(1, 6000)
-
-
-@given(width=sides, height=sides, multiple=st.sampled_from([1, 14, 28, 32]))
-def test_fitted_sizes_are_stable(width, height, multiple):
-    """Check that a fitted size satisfies the processor's rule, so that the processor changes nothing."""
-    fit = Fit(multiple, 3136, 401408)
-    w, h = fit.size(width, height)
-    assert w % multiple == 0 and h % multiple == 0 and w * h <= 401408
-    if max(width, height) <= 20 * min(width, height):
-        assert w * h >= 3136 and fit.size(w, h) == (w, h)
-        assert abs(math.log((w / h) / (width / height))) < math.log(
-            (min(w, h) / multiple + 1) / max(1, min(w, h) / multiple - 1) if min(w, h) > multiple else 3
-        )
-
-
-@shared("qwen2_5_vl_processor")
-@given(width=sides, height=sides)
-def test_qwen_processors_keep_fitted_sizes(width, height):
-    """Compare with the resizing rule of transformers, with the real Qwen2.5-VL settings."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    settings = json.loads((SHARED / "qwen2_5_vl_processor" / "preprocessor_config.json").read_text())
-    low, high = settings["min_pixels"], settings["max_pixels"]
-    processor = SimpleNamespace(
-        patch_size=settings["patch_size"],
-        merge_size=settings["merge_size"],
-        size={"shortest_edge": low, "longest_edge": high},
-    )
-    fit = data.image_fit(processor, 401408, 3136)
-    assert fit == Fit(28, 3136, 401408)
-    if max(width, height) <= 200 * min(width, height):
-        w, h = fit.size(width, height)
-        if w * h >= low and max(w, h) <= 200 * min(w, h):
-            assert smart_resize(h, w, factor=28, min_pixels=low, max_pixels=high) == (h, w)
-
-
-def test_fixed_size_processors():
-    square = SimpleNamespace(size={"height": 336, "width": 336}, do_center_crop=False)
-    assert data.image_fit(square, 401408, 3136).size(640, 427) == (336, 336)
-    clip = SimpleNamespace(size={"shortest_edge": 336}, do_center_crop=True, crop_size={"height": 336, "width": 336})
-    assert data.image_fit(clip, 401408, 3136).size(640, 427) == (336, 336)
-    with pytest.raises(DataError, match="resizes images in a way that this project does not know"):
-        data.image_fit(SimpleNamespace(size={"longest_edge": 980}, do_center_crop=False), 401408, 3136)
-
-
-def test_a_processor_that_changes_fitted_images_is_refused():
+def siglip(side: int):
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    processor = SiglipImageProcessorPil(size={"height": 112, "width": 112})
-    data.check_fit(processor, Fit(1, 1, 112 * 112, (112, 112)))
-    with pytest.raises(DataError, match="resizes or crops an image that was fitted to"):
-        data.check_fit(processor, Fit(1, 1, 112 * 112, (100, 112)))
+    return SiglipImageProcessorPil(size={"height": side, "width": side})
+
+
+def clip(**settings):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(**settings)
+
+
+def test_a_center_crop_is_found_and_becomes_a_squash():
+    processor = clip()
+    assert data.lost_borders(processor) == ["left", "right"]
+    data.show_whole_images(processor, 401408)
+    assert data.lost_borders(processor) == [] and data.seen_size(processor, (640, 427)) == (224, 224)
+
+
+def test_any_lost_border_is_found():
+    for side, box in {"left": (40, 0, 640, 427), "top": (0, 40, 640, 427), "bottom": (0, 0, 640, 387)}.items():
+
+        def cutting(images, box=box, **settings):
+            return siglip(336)(images=[image.crop(box) for image in images], **settings)
+
+        assert data.lost_borders(cutting) == [side]
+    assert data.lost_borders(siglip(112)) == []
+
+
+@pytest.mark.parametrize("most, bounds", [(401408, (3136, 401408)), (2000, (2000, 2000)), (10**8, (3136, 10**6))])
+def test_max_pixels_is_written_into_processors_that_have_it(most, bounds):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 100, "longest_edge": 10**6})
+    assert data.show_whole_images(processor, most) == []
+    saved = processor.to_dict()["size"]
+    assert (saved["shortest_edge"], saved["longest_edge"]) == bounds
+    (note,) = data.show_whole_images(siglip(112), most)
+    assert note.startswith("SiglipImageProcessorPil has no limit in pixels: --max_pixels changes nothing")
+
+
+def test_padding_that_a_model_sees_is_found():
+    """Coordinates in pixels of a padded canvas would be displaced."""
+
+    class Letterbox:
+        size = {"height": 336, "width": 336}
+
+        def __call__(self, images, **settings):
+            return siglip(336)(images=[ImageOps.pad(image, (640, 640)) for image in images], **settings)
+
+    assert data.seen_size(siglip(336), (640, 427)) == (336, 336)
+    with pytest.raises(DataError, match="--coordinates relative"):
+        data.seen_size(Letterbox(), (640, 427))
+
+
+def test_what_pixels_refer_to_is_refused_where_a_processor_does_not_tell():
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    with pytest.raises(DataError, match="does not tell the size that the model sees.*--coordinates relative"):
+        data.seen_size(Idefics3ImageProcessorPil(), (640, 427))
 
 
 boxes = st.tuples(*[st.floats(0, 1)] * 4).map(
@@ -339,8 +346,7 @@ def test_qwen2_5_vl_coordinates_are_pixels_of_what_the_processor_passes_on(size,
 
     settings = json.loads((SHARED / "qwen2_5_vl_processor" / "preprocessor_config.json").read_text())
     processor = Qwen2VLImageProcessorPil(**{k: v for k, v in settings.items() if not k.endswith(("type", "class"))})
-    fit = data.image_fit(processor, 401408, 3136)
-    data.check_fit(processor, fit)
+    assert data.lost_borders(processor) == [] and data.show_whole_images(processor, 401408) == []
     family = json.loads((SHARED / "qwen2_5_vl_processor" / "config.json").read_text())["model_type"]
     width, height = size
     box = (width // 4, height // 3, max(width // 4 + 1, 3 * width // 4), max(height // 3 + 1, 7 * height // 8))
@@ -348,12 +354,12 @@ def test_qwen2_5_vl_coordinates_are_pixels_of_what_the_processor_passes_on(size,
     picture.paste("white", box)
     picture.save(tmp_path / "a.png")
     example = Example("a", (tmp_path / "a.png",), size, (box,), "rectangle")
-    (seen,) = data.open_images(example, fit)
-    made = processor(images=[seen], return_tensors="np")
+    made = processor(images=data.open_images(example), return_tensors="np")
     _, rows, columns = made["image_grid_thw"][0].tolist()
-    assert (columns * 14, rows * 14) == seen.size, "the processor does not resize"
-    target = data.model_size(data.COORDINATES_OF_FAMILY[family], seen.size)
-    assert target == seen.size
+    seen = data.seen_size(processor, size)
+    assert seen == (columns * 14, rows * 14)
+    target = data.model_size(data.COORDINATES_OF_FAMILY[family], seen)
+    assert target == seen
     # [rows/2, columns/2, 2, 2, channel, frame, 14, 14]: patches in merged blocks of 2 x 2
     patches = made["pixel_values"].reshape(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, 0, 0]
     gray = patches.transpose(0, 2, 4, 1, 3, 5).reshape(rows * 14, columns * 14)
@@ -361,7 +367,7 @@ def test_qwen2_5_vl_coordinates_are_pixels_of_what_the_processor_passes_on(size,
     (expected,) = data.model_solution(example, target)
     assert found == pytest.approx(expected, abs=1.0), "half a pixel, and the edge that resizing blurs"
     assert data.to_pixels(expected, size, target) == pytest.approx(box)
-    assert COCO.question(example, seen.size, "pixels", True)[0].count(f"{seen.width} wide and {seen.height} high") == 1
+    assert COCO.question(example, seen, "pixels", True)[0].count(f"{seen[0]} wide and {seen[1]} high") == 1
 
 
 def test_coordinates_of_families_that_exist():
@@ -414,7 +420,7 @@ def test_released_rows(released):
     question, target = COCO.question(first, (196, 112), "pixels", True)
     assert question == PROBLEM and target == (1000, 1000)
     assert data.model_solution(first, target) == (pytest.approx((100, 200, 500, 800)),)
-    assert data.open_images(first, Fit(28, 3136, 401408))[0].size == (196, 112)
+    assert data.open_images(first)[0].size == (200, 100)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +470,7 @@ def test_tables_of_several_images_and_of_classes(tmp_path):
     table.to_parquet(str(tmp_path / "t.parquet"))
     (example,), _ = rows(tmp_path / "t.parquet", "flowers")
     assert example.solution == "tiger lily" == example.category
-    assert [image.size for image in data.open_images(example, Fit(1, 1, 10**6))] == [(30, 20), (31, 20), (32, 20)]
+    assert [image.size for image in data.open_images(example)] == [(30, 20), (31, 20), (32, 20)]
     assert "t.parquet: row 0, images[2]" in str(example.images[2])
 
 
@@ -502,7 +508,7 @@ def test_json_rows_declare_their_coordinates(lines, name):
 def test_rows_of_several_images(lines):
     (example,), _ = rows(lines({"image": "remove", "images": ["a.png", "b.png"]}))
     assert [path.name for path in example.images] == ["a.png", "b.png"]
-    assert len(data.open_images(example, Fit(28, 3136, 401408))) == 2
+    assert len(data.open_images(example)) == 2
 
 
 BAD_ROWS = {  # what is wrong: (task, changes of the second row, what the error must say)
@@ -566,7 +572,7 @@ def test_real_coco(split):
     assert {(e.image_id, e.category_id) for e in examples} == targets
     assert sum(len(e.solution) for e in examples) == sum(not a.get("iscrowd") for a in table["annotations"])
     for example in random.Random(0).sample(examples, 10):
-        (image,) = data.open_images(example, Fit(28, 3136, 401408))
-        assert image.width % 28 == 0
+        (image,) = data.open_images(example)
+        assert image.size == example.size
         for box, original in zip(data.model_solution(example, image.size), example.solution):
             assert box_iou(data.to_pixels(box, example.size, image.size), original) == pytest.approx(1)

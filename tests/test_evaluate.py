@@ -395,15 +395,17 @@ def test_every_doubt_can_be_raised_and_none_without_reason():
     assert check.doubts({name: value for name, value in good.items() if "iou" not in name}, "relative") == []
 
 
-def test_box_fit_tells_the_conventions_apart():
+def test_box_fit_tells_the_conventions_apart(monkeypatch):
     """A perfect answer in 0..1000 about a 200 x 100 picture seen as 200 x 100, and one half as wide in pixels."""
-    fit, task, (x1, y1, x2, y2) = data.Fit(1, 1, 10**6), TASKS["coco"], (20.0, 10.0, 120.0, 60.0)
+    (x1, y1, x2, y2), seen = (20.0, 10.0, 120.0, 60.0), types.SimpleNamespace(image_processor=None)
+    monkeypatch.setattr(data, "seen_size", lambda images, size: size)
+    encoder = data.Prompts(TASKS["coco"], [], seen, "relative")
     prompt = data.Prompt(example(0, (x1, y1, x2, y2)), {}, (1000, 1000), [], 0)
 
     def text(*box):
         return f"<think>a</think><answer>[{{'Position': {list(box)}, 'Confidence': 1}}]</answer>"
 
     relative, pixels = text(100, 100, 600, 600), text(20, 10, 70, 60)
-    assert check.box_fit([prompt], [relative], task, fit, "relative") == pytest.approx(1.0)
-    assert check.box_fit([prompt], [relative], task, fit, "pixels") == 0.0
-    assert check.box_fit([prompt], [pixels, "no boxes"], task, fit, "pixels") == pytest.approx(0.25)
+    assert check.box_fit([prompt], [relative], encoder, "relative") == pytest.approx(1.0)
+    assert check.box_fit([prompt], [relative], encoder, "pixels") == 0.0
+    assert check.box_fit([prompt], [pixels, "no boxes"], encoder, "pixels") == pytest.approx(0.25)

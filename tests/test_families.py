@@ -277,7 +277,8 @@ def test_a_saved_model_scores_alike(name, tmp_path):
 def test_placeholders_are_forbidden_where_the_model_could_say_them(name):
     """[20] A cross-attending family has an embedding for its placeholder, but no logit: nothing is to be left out."""
     model, inputs = families.model(name), prompts(name)
-    processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=families.EOS))
+    tokenizer = SimpleNamespace(eos_token_id=families.EOS)
+    processor = SimpleNamespace(tokenizer=tokenizer, apply_chat_template=lambda turns, tokenize: "")
     eos, forbidden = virft.special_tokens(model, processor)
     with torch.no_grad():
         logits = model(**inputs[0]).logits[0, -1]
@@ -295,31 +296,49 @@ def test_placeholders_are_forbidden_where_the_model_could_say_them(name):
 
 SQUARE = {"height": 336, "width": 336}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-IMAGE_PROCESSORS = {  # class and settings of released checkpoints, and the size that a 640 x 427 image gets
+# Class and settings of released checkpoints, and the size that a model sees of a 640 x 427 image; None: it sees tiles,
+# or the processor does not tell.
+IMAGE_PROCESSORS = {
     "Qwen2-VL": ("Qwen2VL", {}, (644, 420)),
     "GLM-4V": ("Glm4v", {}, (644, 420)),
     "LLaVA": ("CLIP", {"size": {"shortest_edge": 336}, "crop_size": SQUARE}, (336, 336)),
     "LLaVA-NeXT": (
         "LlavaNext",
         {"size": {"shortest_edge": 336}, "crop_size": SQUARE, "image_grid_pinpoints": PINPOINTS},
-        (336, 336),
+        None,
     ),
-    "LLaVA-OneVision": ("LlavaOnevision", {}, (384, 384)),
-    "InternVL": ("GotOcr2", {"size": {"height": 448, "width": 448}, "crop_to_patches": True}, (448, 448)),
+    "LLaVA-NeXT, class defaults": ("LlavaNext", {}, None),
+    "LLaVA-OneVision": ("LlavaOnevision", {}, None),
+    "InternVL": ("GotOcr2", {"size": {"height": 448, "width": 448}, "crop_to_patches": True}, None),
     "Gemma3": ("Gemma3", {"size": {"height": 896, "width": 896}}, (896, 896)),
     "PaliGemma": ("Siglip", {"size": {"height": 224, "width": 224}}, (224, 224)),
-    "Mllama": ("Mllama", {"size": {"height": 560, "width": 560}}, (560, 560)),
+    "Mllama": ("Mllama", {"size": {"height": 560, "width": 560}}, None),
+    "Qwen3-VL": ("Qwen2VL", {"patch_size": 16}, (640, 416)),
+    "GLM-4.6V": ("Glm46V", {}, (644, 420)),
+    "Gemma4": ("Gemma4", {}, None),
+    "Idefics2": ("Idefics2", {}, None),
+    "Idefics3": ("Idefics3", {}, None),
+    "SmolVLM": ("SmolVLM", {}, None),
+    "Pixtral": ("Pixtral", {}, None),
+    "Aria": ("Aria", {}, None),
+    "DeepSeek-VL": ("DeepseekVL", {}, None),
+    "MiniCPM-V 4.6": ("MiniCPMV4_6", {}, None),
+    "Chameleon": ("Chameleon", {}, (512, 512)),
 }
 
 
 @pytest.mark.parametrize("name", IMAGE_PROCESSORS)
-def test_real_image_processors_leave_fitted_images_as_they_are(name):
+def test_real_image_processors_show_whole_images(name):
     """With the classes that need no torchvision."""
     family, settings, size = IMAGE_PROCESSORS[name]
     processor = getattr(transformers, f"{family}ImageProcessorPil")(**settings)
-    fit = data.image_fit(processor, 401408, 3136)
-    data.check_fit(processor, fit)
-    assert fit.size(640, 427) == size
+    data.show_whole_images(processor, 401408)
+    assert data.lost_borders(processor) == []
+    if size:
+        assert data.seen_size(processor, (640, 427)) == size
+    else:
+        with pytest.raises(data.DataError, match="--coordinates relative"):
+            data.seen_size(processor, (640, 427))
 
 
 MISSING = {  # what an ImportError of transformers says, remedy
@@ -346,7 +365,8 @@ def test_a_missing_package_is_named_in_one_line(error, remedy):
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_the_real_processor_without_torchvision_names_it():
     with pytest.raises(SystemExit, match=r"^model .+ needs a package that is not installed: pip install torchvision$"):
-        virft.load_processor(SimpleNamespace(model=str(SHARED / "qwen2_5_vl_processor"), max_pixels=401408), "auto")
+        settings = SimpleNamespace(model=str(SHARED / "qwen2_5_vl_processor"), max_pixels=401408, processor_options=[])
+        virft.load_processor(settings, "auto")
 
 
 @shared("qwen2_5_vl_processor")
@@ -354,13 +374,13 @@ def test_the_real_qwen2_5_vl_processor_and_configuration(tmp_path):
     """Its template, tokenizer, image processor and token ids, with a model of its vocabulary made tiny."""
     pytest.importorskip("torchvision", reason="transformers builds Qwen-VL's processors only with torchvision")
     folder = SHARED / "qwen2_5_vl_processor"
-    settings = SimpleNamespace(model=str(folder), max_pixels=401408)
-    processor, fit, coordinates, _ = virft.load_processor(settings, "auto")
+    settings = SimpleNamespace(model=str(folder), max_pixels=401408, processor_options=[])
+    processor, coordinates, _ = virft.load_processor(settings, "auto")
     assert coordinates == "pixels"
 
     Image.effect_noise((640, 427), 64).convert("RGB").save(tmp_path / "noise.png")
     examples = check.questions(data.TASKS["coco"], tmp_path / "noise.png", "dog, frisbee and its thrower")
-    asked = data.Prompts(data.TASKS["coco"], examples, processor, fit, coordinates)
+    asked = data.Prompts(data.TASKS["coco"], examples, processor, coordinates)
     inputs = [asked[0, i].inputs for i in range(2)]
     assert asked[0, 0].target == (644, 420) and "644" in processor.tokenizer.decode(inputs[0]["input_ids"][0])
     assert inputs[0]["image_grid_thw"].tolist() == [[1, 30, 46]]

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor, DynamicCache
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
 import families
@@ -147,9 +148,9 @@ def build_command(single, model, out, *flags) -> list[str]:
 def planted_run(single, llava_dir, tmp_path, layout: str, plant_of) -> tuple[virft.Run, Question, data.Prompt]:
     """A run whose model attends as plant_of(indices of image tokens, P, target) says, and one question of a layout."""
     cfg = mia_dpo.parse_build(build_command(single, llava_dir, tmp_path / "p.jsonl", "--layouts", layout))
-    processor, fit, coordinates, _ = virft.load_processor(cfg, "auto")
+    processor, coordinates, _ = virft.load_processor(cfg, "auto")
     examples, _ = data.load_examples(data.TASKS["rows"], str(single), "train")
-    encoder = data.Prompts(data.TASKS["rows"], examples, processor, fit, coordinates)
+    encoder = data.Prompts(data.TASKS["rows"], examples, processor, coordinates)
     run = virft.build(cfg, virft.connect(cfg), encoder, {}, trains=False)
     (tmp_path / "images").mkdir()
     questions = mia_dpo.Questions(encoder, {layout: 1.0}, tmp_path / "images", cfg.cell, 0)
@@ -281,7 +282,7 @@ def test_images_of_different_sizes_are_told_apart(tmp_path):
     for i, size in enumerate(sizes):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
     example = Example("x", tuple(tmp_path / f"{i}.png" for i in range(3)), None, "", "")
-    encoder = data.Prompts(data.TASKS["rows"], [example], Patchwork(), data.Fit(28, 784, 10**6), "relative")
+    encoder = data.Prompts(data.TASKS["rows"], [example], Patchwork(), "relative")
     parts, mean = mia_dpo.image_parts(encoder, Question(example, "sequence3", 1), None, 104)
     assert mean and parts.sum(1).tolist() == [50, 4, 50] and parts[1].nonzero().squeeze().tolist() == [50, 51, 52, 53]
     with pytest.raises(SystemExit, match="cannot be told apart"):
@@ -403,7 +404,8 @@ def questions_of(single, tmp_path, mix, seed=0, task="rows", examples=None, coor
     examples = examples or data.load_examples(known, str(single), "train")[0]
     folder = tmp_path / f"images_{seed}"
     folder.mkdir(exist_ok=True)
-    encoder = data.Prompts(known, examples, None, data.Fit(28, 784, 10**6), coordinates, think=False)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 10**6})
+    encoder = data.Prompts(known, examples, SimpleNamespace(image_processor=images), coordinates, think=False)
     return mia_dpo.Questions(encoder, mix, folder, 56, seed)
 
 
@@ -738,9 +740,9 @@ def test_the_logged_numbers_are_those_of_each_answer_alone(built, llava_dir, tmp
     out = tmp_path / "dpo"
     mia_dpo.main(train_command(built, llava_dir, out, "--steps", "1", "--gamma", "0.5"))
     model = virft.load_model(str(llava_dir), torch.float32, torch.device("cpu"))
-    processor, fit, *_ = virft.load_processor(SimpleNamespace(model=str(llava_dir), max_pixels=401408), "auto")
+    processor = AutoProcessor.from_pretrained(llava_dir)
     examples = {e.id: e for e in mia_dpo.read_pairs(built)}
-    encoder = data.Prompts(data.TASKS["rows"], [], processor, fit, "relative")
+    encoder = data.Prompts(data.TASKS["rows"], [], processor, "relative")
     _, forbidden = virft.special_tokens(model, processor)
     for row in rows_of(out / "rollouts.jsonl"):
         prompt, logps = encoder.encode(examples[row["id"]]), []
@@ -886,7 +888,7 @@ def test_multi_image_prompts_train_under_virft(single, llava_dir, tmp_path):
     examples, _ = data.load_examples(data.TASKS["rows"], str(file), "train")
     assert {len(e.images) for e in examples} == {1, 2, 3} and len(examples) == 12
     processor = AutoProcessor.from_pretrained(llava_dir)
-    encoder = data.Prompts(data.TASKS["rows"], examples, processor, data.Fit(1, 1, 10**6, (112, 112)), "relative")
+    encoder = data.Prompts(data.TASKS["rows"], examples, processor, "relative")
     three = next(e for e in examples if len(e.images) == 3)
     shown = processor.tokenizer.decode(encoder.encode(three).inputs["input_ids"][0])
     marked = "".join(f"Image {i}: {'<image>' * 16}\n" for i in (1, 2, 3))

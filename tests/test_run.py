@@ -410,9 +410,9 @@ def test_what_is_missing_is_said(llava_dir, shapes_dir, tmp_path):
 def test_the_family_is_read_from_the_configuration_not_from_the_path(llava_dir, tmp_path, capsys):
     """[23]"""
     folder = shutil.copytree(llava_dir, tmp_path / "Qwen2.5-VL-7B-Instruct")
-    settings = SimpleNamespace(model=str(folder), max_pixels=401408)
-    assert virft.load_processor(settings, "auto")[2] == "relative"
-    assert virft.load_processor(settings, "pixels")[2] == "pixels"
+    settings = SimpleNamespace(model=str(folder), max_pixels=401408, processor_options=[])
+    assert virft.load_processor(settings, "auto")[1] == "relative"
+    assert virft.load_processor(settings, "pixels")[1] == "pixels"
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "llava" and not capsys.readouterr().err
 

@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -20,11 +19,10 @@ import data
 import mia_dpo
 import rewards
 import virft
-from data import TASKS, Choice, DataError, Fit
+from data import TASKS, Choice, DataError
 from demo import shapes
 from extras import evaluate
 
-FIT = Fit(28, 3136, 401408)
 
 
 EXTRAS = {  # what the error names: (a call that needs an optional reader, its module in extras/readers)
@@ -337,7 +335,7 @@ def test_real_flowers():
     names = set(json.loads((SHARED / "flowers102_mini" / "classes.json").read_text()))
     for examples, per_class in ((train, 4), (val, 2)):
         assert Counter(e.category for e in examples) == dict.fromkeys(names, per_class)
-    assert [image.size for image in data.open_images(train[0], FIT)] == [FIT.size(310, 224)]
+    assert [image.size for image in data.open_images(train[0])] == [(310, 224)]
     few, _ = read("flowers", SHARED / "flowers102_mini", shots=1)
     assert len(few) == 102 and {e.id for e in few} < {e.id for e in train}
 
@@ -465,7 +463,7 @@ def evaluated(task: data.Task, examples, coordinates: str, digits: int | None):
     """Return the scores, overall and by category, of ground truth written as answers."""
     records = []
     for e in examples:
-        _, target = task.question(e, FIT.size(*(e.size or (1, 1))), coordinates, True)
+        _, target = task.question(e, e.size or (1, 1), coordinates, True)
         text = "<think>a</think>" + data.model_answer(task, e, target, think=False, digits=digits)
         solution = data.model_solution(e, target)
         earned = {name: rewards.REWARDS[name](text, solution) for name in task.rewards}
@@ -477,7 +475,7 @@ def evaluated(task: data.Task, examples, coordinates: str, digits: int | None):
 
 def bounds(e, coordinates: str) -> list[float]:
     """Return the least IoU of each box with a rounded copy, whose edges are off by at most half a unit."""
-    target = data.model_size(coordinates, FIT.size(*e.size))
+    target = data.model_size(coordinates, e.size)
     sides = [(x2 - x1, y2 - y1) for x1, y1, x2, y2 in data.boxes_in(data.model_solution(e, target))]
     return [max(0.0, w - 1) * max(0.0, h - 1) / ((w + 1) * (h + 1)) for w, h in sides]
 
@@ -568,15 +566,6 @@ MY_ROWS = """\
 "solution": "2"}
 """
 MY_COMMAND = "--task rows --data rows.jsonl --rewards my_rewards.py:closeness format=0.5"
-
-
-@pytest.fixture
-def signals():
-    """Restore the signal handlers that training replaces."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 SMALL = (
