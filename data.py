@@ -150,7 +150,7 @@ BORDERS = {"left": 200, "right": 220, "top": 240, "bottom": 180}  # gray levels
 def lost_borders(images: Any) -> list[str]:
     """Return the borders that an image processor cuts off: those whose gray level is not in what it returns."""
     picture = Image.new("L", (640, 427), 100)
-    boxes = ((0, 12, 12, 415), (628, 12, 640, 415), (0, 0, 640, 12), (0, 415, 640, 427))
+    boxes = ((0, 20, 20, 407), (620, 20, 640, 407), (0, 0, 640, 20), (0, 407, 640, 427))
     for box, level in zip(boxes, BORDERS.values()):
         picture.paste(level, box)
     seen = images(images=[picture.convert("RGB")], **PLAIN)["pixel_values"].float()
