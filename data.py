@@ -144,17 +144,24 @@ def show_whole_images(images: Any, max_pixels: int) -> list[str]:
 
 
 PLAIN = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}  # numbers stay gray levels
-BORDERS = {"left": 200, "right": 220, "top": 240, "bottom": 180}  # gray levels
+BORDERS = {"left": 200, "right": 225, "top": 250, "bottom": 175}  # gray levels
 
 
 def lost_borders(images: Any) -> list[str]:
-    """Return the borders that an image processor cuts off: those whose gray level is not in what it returns."""
-    picture = Image.new("L", (640, 427), 100)
-    boxes = ((0, 20, 20, 407), (620, 20, 640, 407), (0, 0, 640, 20), (0, 407, 640, 427))
+    """Return the borders that an image processor cuts off: those whose gray level is not in what it returns.
+
+    Each border is a tenth of a side, which resizing to 56 x 28 pixels still shows. A narrower cut is not found.
+    """
+    picture = Image.new("L", (640, 430), 100)
+    boxes = ((0, 43, 64, 387), (576, 43, 640, 387), (0, 0, 640, 43), (0, 387, 640, 430))
     for box, level in zip(boxes, BORDERS.values()):
         picture.paste(level, box)
-    seen = images(images=[picture.convert("RGB")], **PLAIN)["pixel_values"].float()
-    return [name for name, level in BORDERS.items() if ((seen - level).abs() < 2).float().mean() < 0.002]
+    seen = images(images=[picture.convert("RGB")], **PLAIN)
+    if "pixel_values" not in seen:
+        raise DataError(f"{type(images).__name__} returns {', '.join(seen)}, not pixel_values: it is not supported")
+    pixels = seen["pixel_values"].float()
+    # A border covers 8 or 9% of the picture; edges of another one, which resizing blurs, have some of its level too.
+    return [name for name, level in BORDERS.items() if ((pixels - level).abs() < 9).float().mean() < 0.01]
 
 
 @cache
@@ -163,7 +170,10 @@ def seen_size(images: Any, size: Size) -> Size:
 
     images: the image processor. Raises DataError where it does not tell: it makes tiles or adds padding.
     """
-    inputs = images(images=[Image.new("RGB", size, "white")], **PLAIN)
+    try:
+        inputs = images(images=[Image.new("RGB", size, "white")], **PLAIN)
+    except ValueError as error:  # such as a strip that is too long for a processor
+        raise DataError(f"{type(images).__name__} refuses an image of {size[0]}x{size[1]}: {error}") from None
     fixed, pixels = dict(images.size or {}), inputs["pixel_values"]
     if (pixels > 254).all():  # no padding
         if "image_grid_thw" in inputs:
@@ -836,7 +846,12 @@ class Prompt:
     solution: Any  # ground truth in those coordinates, for the rewards
     slot: int  # index among the prompts of a step, over all processes
     skipped: tuple[str, ...] = ()  # errors of the examples that this one replaces
-    opening: str = ""  # what the chat template has already written of the answer's <think>
+    opening: str = ""  # what the chat template has already written of the answer's thoughts
+
+    def whole_answer(self, text: str) -> str:
+        """Return a sampled text with what the chat template opened for it, as it is judged and shown."""
+        again = "</think>" in self.opening and text.lstrip().startswith("<think>")  # it thought all the same
+        return text if again else self.opening + text
 
 
 @dataclass(eq=False)
@@ -881,12 +896,15 @@ class Prompts(torch.utils.data.Dataset):
         frame = self.frame(images[0].size, example.coordinates)
         question, target = self.task.question(example, frame, self.coordinates, self.think)
         self.refuse_placeholders(example, question)
-        messages = [{"role": "user", "content": content_of(question, len(images))}]
+        content = content_of(question, len(images))
+        messages = [{"role": "user", "content": content}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
         text = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **self.template
         )
+        if any(part["type"] == "text" and part["text"].strip() not in text for part in content):
+            raise DataError(f"example {example.id}: the model's chat template leaves out the question")
         bos = self.processor.tokenizer.bos_token
         once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written it
         try:
@@ -901,8 +919,10 @@ class Prompts(torch.utils.data.Dataset):
                 "next to the completion; prompts are never cut: lower --max_pixels or --max_completion_tokens"
             )
         opened = re.search(r"<think>(\s*</think>)?\s*$", text)
-        # An empty closed block is the block if thoughts are asked for. If they are not, it is no part of the answer.
-        opening = opened[0] if opened and (self.think or not opened[1]) else ""
+        # An empty block that the template also closed counts as the thoughts that were asked for; without --think it
+        # is no part of the answer.
+        closed = opened and opened[1]
+        opening = opened[0] if opened and (self.think or not closed) else ""
         return Prompt(example, inputs, target, model_solution(example, target), slot, opening=opening)
 
     def frame(self, size: Size, coordinates: str | None = None) -> Size:
@@ -922,14 +942,25 @@ class Prompts(torch.utils.data.Dataset):
 
 def turn_end(processor: Any) -> int | None:
     """Return the token with which the chat template ends an assistant's turn, or None if it writes none."""
-    turns = [{"role": role, "content": [{"type": "text", "text": "words"}]} for role in ("user", "assistant")]
-    after = processor.apply_chat_template(turns, tokenize=False).rpartition("words")[2].lstrip()
+
+    def turns(answer: Any) -> list[dict]:
+        question = [{"type": "text", "text": "question"}]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    try:
+        text = processor.apply_chat_template(turns([{"type": "text", "text": "words"}]), tokenize=False)
+    except TypeError:  # some templates take an assistant's words as a string only
+        text = processor.apply_chat_template(turns("words"), tokenize=False)
+    after = text.partition("words")[2].lstrip()
     ids = processor.tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return ids[0] if ids and ids[0] in processor.tokenizer.get_added_vocab().values() else None
 
 
 def options(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """Read NAME=VALUE pairs; a value is JSON (false, 2, {...}) or else a string. Raises DataError for another form."""
+    """Read NAME=VALUE pairs; a value is JSON (false, 2, {...}), Python's True, False or None, or else a string.
+
+    Raises DataError for another form.
+    """
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -938,7 +969,7 @@ def options(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
         try:
             found[name] = json.loads(value)
         except ValueError:
-            found[name] = value
+            found[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return found
 
 

@@ -378,9 +378,10 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return log pi of the chosen tokens and the entropy of their distributions (no gradient), both [N, C] float32.
 
-    logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits, or in 32
-    blocks, and recomputed in the backward pass. If it were stored, it would take several times 4 V bytes a token
-    (V = 150,000). More blocks than 32 would save little beside the logits, and a GPU would wait for Python.
+    logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits, or of a
+    32nd of all if that is more, and recomputed in the backward pass. If it were stored, it would take several times 4 V
+    bytes a token (V = 150,000). More blocks than 32 would save little beside the logits, and a GPU would wait for
+    Python.
     The model's layers are not recomputed; chunks of completions (`two_stage_backward`) bound what they store.
     """
 
@@ -590,7 +591,7 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     run.lap("sample")
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     # For the rewards only: training uses the sampled ids, never text tokenized again.
-    texts = [prompts[i // G].opening + text for i, text in enumerate(run.decode(ids, mask))]
+    texts = [prompts[i // G].whole_answer(text) for i, text in enumerate(run.decode(ids, mask))]
     parts = {
         name: torch.tensor([float(reward(text, prompts[i // G].solution)) for i, text in enumerate(texts)]).view(-1, G)
         for name, (reward, _) in run.rewards.items()
@@ -848,7 +849,7 @@ class Run:
 
     def lap(self, phase: str) -> None:
         """Count the seconds since the last call as those of a phase of the step."""
-        if self.device.type == "cuda":  # it works on while Python goes on: wait before reading the clock
+        if self.device.type == "cuda":  # a GPU computes asynchronously: wait before reading the clock
             torch.cuda.synchronize()
         last, self.clock = self.clock, time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock - last
@@ -920,13 +921,17 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
     processor = pretrained(transformers.AutoProcessor, cfg.model)
     if getattr(processor, "chat_template", None) is None:
         raise SystemExit(f"model {cfg.model} has no chat template; an instruction-tuned model is expected")
+    if not hasattr(processor, "image_processor"):
+        raise SystemExit(f"model {cfg.model} has no image processor: it reads text only")
     images = processor.image_processor
     for name, value in data.options("processor_options", cfg.processor_options).items():
-        if not hasattr(images, name):
+        if callable(getattr(images, name, print)):
             raise SystemExit(f"--processor_options {name}: {type(images).__name__} has no such setting")
+        if name == "size" and not isinstance(value, dict):
+            raise SystemExit(f'--processor_options size={value}: must be like {{"height": 336, "width": 336}}')
         setattr(images, name, value)
     notes = data.show_whole_images(images, cfg.max_pixels)
-    if cfg.max_pixels != Config.max_pixels:
+    if notes and cfg.max_pixels != Config.max_pixels:
         say("\n".join(notes))
     if lost := data.lost_borders(images):
         raise SystemExit(f"{type(images).__name__} cuts off the {', '.join(lost)} of images: boxes would be displaced")
@@ -937,6 +942,8 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
         if coordinates is None:
             say(f"model type {kind} is not known: coordinates are 0..1000; see --coordinates")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    if coordinates == "pixels":
+        data.seen_size(images, (640, 427))  # now, not at every example: raises DataError where it does not tell
     return processor, coordinates or "relative", positions
 
 
@@ -1021,7 +1028,7 @@ def build(
             adapters = extra("adapters", "--lora_rank").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
         elif cfg.freeze_vision:
             extra("adapters", "--freeze_vision").freeze_vision(model)
-        # Where memory counts: on GPUs, or where --micro_batch says so. By arithmetic 3 GB less for 2B, 2% more time.
+        # Where memory counts: on GPUs, or where --micro_batch says so. 3 to 5 GB less for 2B, a sixth more time.
         if memory and (bf16 or cfg.micro_batch):
             memory.checkpoint_vision(model)
     placed(model)
@@ -1173,7 +1180,7 @@ def answer(run: Run, prompts: list[Prompt]) -> list[str]:
     with run.sampling():
         ids, _ = sample(run.model, inputs, 1, None, limit, run.eos, **run.distribution, capture=run.capture)
     texts = run.decode(ids, completion_mask(ids, run.eos))
-    return [prompt.opening + text for prompt, text in zip(prompts, texts)]
+    return [prompt.whole_answer(text) for prompt, text in zip(prompts, texts)]
 
 
 # ------------------------------------------------------------------------------------------------

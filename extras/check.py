@@ -47,6 +47,9 @@ def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[s
     lines = [f"settings other than the defaults: {' '.join(changed)}"]
     if run.optimizer:
         lines += [describe_steps(run, per_prompt, what), *answers_too_long(run, first)]
+    if first.opening and not run.prompts.think:
+        remedy = "try --template_options enable_thinking=false"
+        lines.append(f"the chat template opens <think> and --think is false: {remedy}")
     if run.prompts.task.boxes:
         convention = first.example.coordinates or run.prompts.coordinates
         lines.append(f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({convention})")

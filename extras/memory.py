@@ -12,7 +12,7 @@ Bytes of one process at the peak of a training pass, for T trained parameters:
     log-softmax   a few float32 copies of a block of logits, see virft.token_logps
 
 While sampling: weights, moments, casts (with --shard of all weights, which are gathered for the whole rollout), and a
-static cache of P + C tokens for every completion of the step, once and a half while the batch is halved. The
+static cache of P + C tokens for every completion of the step, 1.5 times that while the batch is halved. The
 constants were counted on Qwen2-VL's layers, and `python bench/memory.py --measure` compares the sum with PyTorch's
 allocator. For other families, and for mixtures of experts, the forecast is rougher.
 """
@@ -120,7 +120,10 @@ def needed(
     shards = processes if cfg.shard else 1
     states = (weights + MOMENTS[cfg.adam_bits] * T) / shards
     chunk, encoded = cfg.micro_batch or G, max(1, cfg.micro_batch // G)
-    token = layers * (TEXT_H * h + TEXT_F * text.intermediate_size)
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):  # repeats prompts and has no chunks
+        chunk = encoded = max(G, cfg.micro_batch)
+    width = getattr(text, "intermediate_size", None) or text.moe_intermediate_size * text.num_experts_per_tok
+    token = layers * (TEXT_H * h + TEXT_F * width)
     expanded = 4 * h * layers  # where a mask is needed, SDPA expands keys and values to all heads
     patch = 0 if cfg.freeze_vision or rank else 4 * sum(widths) + VISION_D * max(widths, default=0)
     logits = chunk * C * V
@@ -172,7 +175,10 @@ def forecast(
     for remedy in REMEDIES if trains and need > room else ():
         flags = {name: value for name, value in remedy.items() if not saves_as_much(name, getattr(cfg, name), value)}
         changed = replace(cfg, **flags)
+        limited = hasattr(prompts.processor.image_processor, "merge_size")  # see data.show_whole_images
         if changed.shard and (processes == 1 or changed.adam_bits == 8) or is_dpo and "beta" in flags:
+            continue
+        if "max_pixels" in flags and not limited:
             continue
         share = min(1.0, changed.max_pixels / cfg.max_pixels)
         sizes = round(P * share), round(patches * share)

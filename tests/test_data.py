@@ -254,13 +254,16 @@ def test_a_center_crop_is_found_and_becomes_a_squash():
 
 
 def test_any_lost_border_is_found():
-    for side, box in {"left": (40, 0, 640, 427), "top": (0, 40, 640, 427), "bottom": (0, 0, 640, 387)}.items():
+    for side, box in {"left": (70, 0, 640, 430), "top": (0, 50, 640, 430), "bottom": (0, 0, 640, 380)}.items():
 
         def cutting(images, box=box, **settings):
             return siglip(336)(images=[image.crop(box) for image in images], **settings)
 
         assert data.lost_borders(cutting) == [side]
-    assert data.lost_borders(siglip(112)) == []
+    for whole in (siglip(28), siglip(112), siglip(980)):
+        assert data.lost_borders(whole) == []
+    with pytest.raises(DataError, match="returns flattened_patches, not pixel_values: it is not supported"):
+        data.lost_borders(lambda images, **settings: {"flattened_patches": []})
 
 
 @pytest.mark.parametrize("most, bounds", [(401408, (3136, 401408)), (2000, (2000, 2000)), (10**8, (3136, 10**6))])
@@ -273,6 +276,15 @@ def test_max_pixels_is_written_into_processors_that_have_it(most, bounds):
     assert (saved["shortest_edge"], saved["longest_edge"]) == bounds
     (note,) = data.show_whole_images(siglip(112), most)
     assert note.startswith("SiglipImageProcessorPil has no limit in pixels: --max_pixels changes nothing")
+
+
+def test_the_smallest_images_are_whole():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    for most in (3136, 6272, 12544):
+        processor = Qwen2VLImageProcessorPil()
+        data.show_whole_images(processor, most)
+        assert data.lost_borders(processor) == []
 
 
 def test_padding_that_a_model_sees_is_found():

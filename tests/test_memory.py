@@ -198,6 +198,7 @@ def test_what_adapters_learned_survives_saving(make_run, llava_dir, tmp_path):
 
 def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
     run, config = make_run(), bench.gpu.qwen2_vl_2b()
+    run.prompts.processor.image_processor.merge_size = 2  # as processors have it that --max_pixels limits
     monkeypatch.setattr(memory, "patches_of", lambda pixels, config: 2048)
 
     def said(has: float, processes: int = 1, **flags) -> str:
@@ -218,6 +219,8 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
     assert frugal.endswith("GB, this GPU has 11") or "micro_batch" not in frugal and "max_pixels" not in frugal
     assert "with --freeze_vision true --beta 0.0 --adam_bits 8 about" in said(24e9, micro_batch=1), "1 stays 1"
     assert "--" not in said(2e9), "nothing fits, nothing is advised"
+    del run.prompts.processor.image_processor.merge_size
+    assert "max_pixels" not in said(11.2e9)
     assert memory.FLOAT32_BLOCK == virft.FLOAT32_BLOCK
     for config_of_dpo in (mia_dpo.TrainConfig(), mia_dpo.BuildConfig()):
         trains = hasattr(config_of_dpo, "lora_rank")

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlamaConfig
 
 import data
 import mia_dpo
 import virft
 from data import TASKS, DataError, Example, Prompts
+from demo.warm_start import make_tokenizer
 
 ANSWER = "<answer>3</answer>"
 TEMPLATE = (
@@ -53,6 +54,8 @@ def flags(model: Path, rows: Path, out: Path, *more: str) -> list[str]:
         ("<think>\n", ANSWER, "true", 0.0),  # it never closed its thoughts
         ("<think>\n\n</think>\n\n", ANSWER, "true", 1.0),
         ("<think>\n\n</think>\n\n", ANSWER, "false", 1.0),
+        ("<think>\n\n</think>\n\n", "<think>all the same</think>" + ANSWER, "true", 1.0),
+        ("<think>\n", "one</think>" + ANSWER, "false", 0.0),  # said at the start, with a remedy
         ("", ANSWER, "true", 0.0),
     ],
 )
@@ -62,13 +65,15 @@ def test_what_the_template_opens_counts(
     """In training, evaluation, --check and --ask an answer is judged and shown with the <think> that was opened."""
     model = with_template(llava_dir, tmp_path / "model", written)
     monkeypatch.setattr(virft.Run, "decode", lambda self, ids, mask: [sampled] * len(ids))
-    whole = ("" if think == "false" else written) + sampled
+    closed = "</think>" in written
+    whole = ("" if closed and (think == "false" or "<think>" in sampled) else written) + sampled
 
     def main(out: str, *more: str) -> str:
         virft.main(flags(model, rows, tmp_path / out, "--think", think, *more))
         return capsys.readouterr().out
 
-    main("run")
+    started = main("run")
+    assert ("the chat template opens <think> and --think is false" in started) == (think == "false" and not closed)
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["reward/format"] == reward
     main("eval", "--eval_only", "true")
     lines = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
@@ -100,8 +105,10 @@ def test_options_reach_the_template_and_change_the_prompt(llava_dir, tmp_path):
 
 
 def test_options_are_json_or_strings():
-    found = data.options("x", ["a=false", "b=2", 'c={"longest_edge": 5}', "d=words = words"])
-    assert found == {"a": False, "b": 2, "c": {"longest_edge": 5}, "d": "words = words"}
+    found = data.options("x", ["a=false", "b=2", 'c={"longest_edge": 5}', "d=words = words", "e=False", "f=falsehood"])
+    assert found == {
+        "a": False, "b": 2, "c": {"longest_edge": 5}, "d": "words = words", "e": False, "f": "falsehood",
+    }  # fmt: skip
     with pytest.raises(DataError, match="^--processor_options a: must be NAME=VALUE$"):
         data.options("processor_options", ["a"])
 
@@ -112,6 +119,10 @@ def test_processor_options_are_set_saved_and_refused_by_name(llava_dir, rows, tm
     assert list(saved.image_processor.image_mean) == [0.1, 0.2, 0.3]
     with pytest.raises(SystemExit, match="^--processor_options max_patches: SiglipImageProcessorPil has no such"):
         virft.main(flags(llava_dir, rows, tmp_path / "other", "--processor_options", "max_patches=2"))
+    with pytest.raises(SystemExit, match="^--processor_options resize: "):  # a method
+        virft.main(flags(llava_dir, rows, tmp_path / "other", "--processor_options", "resize=2"))
+    with pytest.raises(SystemExit, match="^--processor_options size=336: must be like"):
+        virft.main(flags(llava_dir, rows, tmp_path / "other", "--processor_options", "size=336"))
 
 
 @pytest.mark.parametrize("before", ["", "<bos>"])
@@ -180,12 +191,36 @@ def test_what_ends_a_turn_ends_answers_everywhere(llava_dir, tmp_path):
     assert data.turn_end(AutoProcessor.from_pretrained(llava_dir)) is None, "its template writes no such token"
 
 
+def test_templates_that_take_strings_only(llava_dir):
+    """An assistant's words may have to be a string; a question that a template leaves out is an error."""
+    processor = AutoProcessor.from_pretrained(llava_dir)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    processor.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] + '<|im_end|>' }}"
+        "{% else %}{% for part in message['content'] %}{{ part['content'] }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    assert data.turn_end(processor) == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (error,) = (encoder(processor)[0, 0],)
+    assert str(error) == "example first: the model's chat template leaves out the question"
+
+
+def test_a_model_that_reads_text_only_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    LlamaConfig().save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    settings = virft.parse_config(["--model", str(folder), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="has no image processor: it reads text only"):
+        virft.load_processor(settings, "auto")
+
+
 def test_an_example_that_the_processor_refuses_is_named(llava_dir):
     class Refusing:
         tokenizer, image_token = AutoProcessor.from_pretrained(llava_dir).tokenizer, None
 
         def apply_chat_template(self, *args, **kwargs):
-            return "text"
+            return "What is this?"
 
         def __call__(self, **kwargs):
             raise ValueError("absolute aspect ratio must be smaller than 200")
