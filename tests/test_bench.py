@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from bench import gpu, vs_trl
+import virft
+from bench import gpu, smolvlm, vs_trl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,3 +124,14 @@ def test_real_weights_stay_out_of_the_repository():
     command = [sys.executable, ROOT / "bench" / "real_weights.py", "--out", ROOT / "runs" / "llava"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "do not belong in the repository" in done.stderr
+
+
+@pytest.mark.parametrize("tiles, image_tokens", [(False, 64), (True, 17 * 64)])
+def test_smolvlm_has_the_image_tokens_of_the_released_model(tiles, image_tokens, tmp_path):
+    """A picture is one square, or 16 tiles and an overview, of 64 tokens each; training takes it."""
+    smolvlm.write(tmp_path / "model", tiles, layers=(1, 1))
+    vs_trl.shapes.write_split(tmp_path / "data", "train", 4, seed=0)
+    settings = ["--model", tmp_path / "model", "--data", tmp_path / "data", "--out", tmp_path / "run", "--workers", "0"]
+    run = virft.start(virft.parse_config(list(map(str, settings))))
+    ids = run.prompts[0, 0].inputs["input_ids"]
+    assert (ids == run.model.config.image_token_id).sum() == image_tokens
