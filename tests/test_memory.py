@@ -59,10 +59,14 @@ def test_the_gap_between_sampler_and_scorer_is_the_mean_over_tokens(make_run):
     run = make_run()
     step, given = next(run.steps())
     ro = virft.rollout(run, given, step)
-    moved = ro._replace(logp=ro.logp + torch.linspace(-1, 1, ro.logp.numel()).view_as(ro.logp))
+    lengths = torch.arange(len(ro.ids))[:, None] % 3 + 2  # padding does not count
+    moved = ro._replace(
+        logp=ro.logp + torch.linspace(-1, 1, ro.logp.numel()).view_as(ro.logp),
+        mask=ro.mask & (torch.arange(ro.ids.shape[1]) < lengths),
+    )
     scored = virft.chunked_logps(run.model, run.collate(given), ro.ids, [torch.arange(len(ro.ids))], **run.distribution)
     gaps = [
-        abs(float(scored[i, t] - moved.logp[i, t])) for i in range(len(ro.ids)) for t in range(int(ro.mask[i].sum()))
+        abs(float(scored[i, t] - moved.logp[i, t])) for i in range(len(ro.ids)) for t in range(int(moved.mask[i].sum()))
     ]
     metrics = virft.update(run, moved).reduce(run.accelerator)
     assert metrics["sampler_gap"] == pytest.approx(sum(gaps) / len(gaps), rel=1e-4)
