@@ -15,10 +15,10 @@ pair, because mixed-up coordinates are the most reported failure of this method 
 To add a task, write a reader and a prompt and enter them in TASKS. Your own rows need neither: use the task `rows`.
 """
 
+import copy
 import difflib
 import importlib
 import json
-import math
 import random
 import re
 from collections import defaultdict
@@ -888,7 +888,9 @@ class Prompts(torch.utils.data.Dataset):
 
     def of(self, examples: list[Example]) -> "Prompts":
         """Return the same encoding for other examples, none of which may be replaced."""
-        return replace(self, examples=examples, replace_bad=False)
+        other = copy.copy(self)
+        other.examples, other.replace_bad = examples, False
+        return other
 
     def encode(self, example: Example, slot: int = 0) -> Prompt:
         """Encode one example. Raises DataError for an image that does not open and a prompt that is too long."""

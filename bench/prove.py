@@ -11,7 +11,6 @@ of about 700 tokens, 256 tokens a completion, no EOS. It trains all weights, whi
 model: 57 GB for the phases, 66 for few-shot COCO. A part that fails or takes too long is reported and left out.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json

@@ -1,7 +1,6 @@
 """Test readers, images and coordinates, and the errors that they raise."""
 
 import json
-import math
 import random
 from pathlib import Path
 from types import SimpleNamespace

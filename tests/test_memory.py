@@ -19,7 +19,7 @@ from bench import memory as bench
 from conftest import ROOT, first_prompts
 from extras import flash, memory
 from families import FAMILIES, batch, gradients, prompts
-from test_families import FORBIDDEN, TEMPERATURE, C, G, completions
+from test_families import FORBIDDEN, TEMPERATURE, G, completions
 from test_scale import flat, launch
 
 DISTRIBUTION = {"temperature": TEMPERATURE, "forbidden": FORBIDDEN}

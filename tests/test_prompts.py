@@ -170,6 +170,7 @@ def test_a_placeholder_in_a_text_is_named_at_the_start(llava_dir):
         encoder(processor, "What does <|image_pad|> mean?")
     skipping = encoder(processor, "What does <|image_pad|> mean?", replace_bad=True)
     assert isinstance(skipping[0, 0], DataError), "left out where bad examples are"
+    assert isinstance(skipping.of(skipping.examples)[0, 0], DataError), "evaluation leaves it out too"
     encoder(processor, "What is <image>?")
 
 
