@@ -24,7 +24,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -869,9 +869,10 @@ class Prompts(torch.utils.data.Dataset):
     system_prompt: str | None = None
     max_length: int | None = None  # in tokens; longer prompts are refused, never cut
     replace_bad: bool = False  # replace an example that cannot be encoded by the next: a step keeps its size
-    template: dict[str, Any] = field(default_factory=dict)  # --template_options
+    template_options: Sequence[str] = ()  # NAME=VALUE
 
     def __post_init__(self):
+        self.template = options("template_options", self.template_options)
         for example in () if self.replace_bad else self.examples:  # now, not at the step that meets it
             self.refuse_placeholders(example, example.question or "")
 

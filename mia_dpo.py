@@ -679,8 +679,8 @@ def build(argv: list[str]) -> None:
     if task.boxes and coordinates != "relative" and not cfg.answers:
         raise SystemExit("--answers 0: rows hold boxes in 0..1000; --coordinates relative")
     room = positions - cfg.max_completion_tokens
-    template = data.options("template_options", cfg.template_options)
-    prompts = Prompts(task, examples, processor, coordinates, False, cfg.system_prompt, room, template=template)
+    asked = (False, cfg.system_prompt, room, False, cfg.template_options)
+    prompts = Prompts(task, examples, processor, coordinates, *asked)
     questions = Questions(prompts, reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed)
     run = build_run(cfg, accelerator, prompts, {}, trains=False, temperature=cfg.temperature)
     say("\n".join(notes))
@@ -774,8 +774,7 @@ def train(argv: Sequence[str]) -> None:
     processor, coordinates, positions = load_processor(cfg, "relative")
     longest = max(len(ids) for ids in processor.tokenizer([text for e in pairs for text in e.solution])["input_ids"])
     task, room = replace(TASKS["rows"], name="pairs"), positions - longest - 1
-    template = data.options("template_options", cfg.template_options)
-    shown = (processor, coordinates, False, cfg.system_prompt, room, cfg.skip_bad_images, template)
+    shown = (processor, coordinates, False, cfg.system_prompt, room, cfg.skip_bad_images, cfg.template_options)
     run = build_run(cfg, accelerator, Prompts(task, pairs, *shown), {}, trains=True)
     open_out(run, 2, "answers", [f"{name}: {text}" for name, text in zip(("chosen", "rejected"), pairs[0].solution)])
     with guarded(run) as stopping:

@@ -1067,8 +1067,7 @@ def start(cfg: Config) -> Run:
     else:
         examples = load_examples(cfg, "train" if trains else "val")
     asked = (cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
-    template = data.options("template_options", cfg.template_options)
-    prompts = Prompts(task, examples, processor, coordinates, *asked, template)
+    prompts = Prompts(task, examples, processor, coordinates, *asked, cfg.template_options)
     return build(cfg, accelerator, prompts, rewards, trains, cfg.temperature if trains else 1.0)
 
 

@@ -171,11 +171,11 @@ def forecast(
     P, patches = first["input_ids"].shape[1], patches_of(first["pixel_values"], config)
     need = max(needed(cfg, config, cast_frozen, P, patches, trains, processes).values())
     line = f"memory: needs about {need / GB:.0f} GB, this GPU has {has / GB:.0f}"
+    limited = hasattr(prompts.processor.image_processor, "merge_size")  # by --max_pixels: data.show_whole_images
     room, is_dpo = 0.95 * has, not hasattr(cfg, "group_size")  # the rest is for what the allocator cannot use
     for remedy in REMEDIES if trains and need > room else ():
         flags = {name: value for name, value in remedy.items() if not saves_as_much(name, getattr(cfg, name), value)}
         changed = replace(cfg, **flags)
-        limited = hasattr(prompts.processor.image_processor, "merge_size")  # see data.show_whole_images
         if changed.shard and (processes == 1 or changed.adam_bits == 8) or is_dpo and "beta" in flags:
             continue
         if "max_pixels" in flags and not limited:

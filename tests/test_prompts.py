@@ -99,9 +99,7 @@ def test_options_reach_the_template_and_change_the_prompt(llava_dir, tmp_path):
     thinking = "{% if enable_thinking is defined and not enable_thinking %}{% else %}<think>{% endif %}"
     processor = AutoProcessor.from_pretrained(with_template(llava_dir, tmp_path / "model", thinking))
     assert encoder(processor)[0, 0].opening == "<think>"
-    options = data.options("template_options", ["enable_thinking=false"])
-    assert options == {"enable_thinking": False}
-    assert encoder(processor, template=options)[0, 0].opening == ""
+    assert encoder(processor, template_options=["enable_thinking=false"])[0, 0].opening == ""
 
 
 def test_options_are_json_or_strings():
