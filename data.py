@@ -58,12 +58,12 @@ COORDINATES_OF_FAMILY = {
     **dict.fromkeys(("internvl", "glm4v", "glm4v_moe", "glm46v"), "relative"),
     "llava": "relative",  # LLaVA 1.5 learned decimals in 0..1: the same frame in other units
 }
-# By config.model_type: the model sees images on a canvas with padding, by their processors' code and by measurement.
+# Model types whose processors pad images to a canvas (read in their code, some of them measured).
 PADDED = ("mllama", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_ocr2", "janus", "aria", "glm5_next", "kimi_k25")
 
 
 def model_size(coordinates: str, seen_size: Size) -> Size:
-    """Return the size that the model's coordinates refer to; seen_size is the size of the fitted image."""
+    """Return the size that the model's coordinates refer to; seen_size is the size that the model sees."""
     return {"relative": (1000, 1000), "pixels": seen_size}[coordinates]
 
 
@@ -125,7 +125,7 @@ ImageSource = Path | Callable[[], BinaryIO]  # a file, or a function that opens 
 
 
 def show_whole_images(images: Any, max_pixels: int) -> list[str]:
-    """Let an image processor show whole images of at most max_pixels; return what a person should know about it.
+    """Let an image processor show whole images, of at most max_pixels where it has such a limit; return notes on it.
 
     The processor keeps these settings when it is saved, so whoever loads it sees the same pixels.
     """
@@ -160,7 +160,7 @@ def lost_borders(images: Any) -> list[str]:
     if "pixel_values" not in seen:
         raise DataError(f"{type(images).__name__} returns {', '.join(seen)}, not pixel_values: it is not supported")
     pixels = seen["pixel_values"].float()
-    # A border covers 8 or 9% of the picture; edges of another one, which resizing blurs, have some of its level too.
+    # A border covers 8 or 10% of the picture; edges of another one, which resizing blurs, have some of its level too.
     return [name for name, level in BORDERS.items() if ((pixels - level).abs() < 9).float().mean() < 0.01]
 
 
@@ -182,7 +182,7 @@ def seen_size(images: Any, size: Size) -> Size:
         if pixels.dim() == 4 and (len(pixels), *pixels.shape[2:]) == (1, fixed.get("height"), fixed.get("width")):
             return fixed["width"], fixed["height"]
     name = type(images).__name__
-    raise DataError(f"{name} does not tell the size that the model sees, which pixels refer to: --coordinates relative")
+    raise DataError(f"{name} does not tell the size that the model sees, which pixels need: --coordinates relative")
 
 
 @contextmanager
@@ -846,7 +846,7 @@ class Prompt:
     solution: Any  # ground truth in those coordinates, for the rewards
     slot: int  # index among the prompts of a step, over all processes
     skipped: tuple[str, ...] = ()  # errors of the examples that this one replaces
-    opening: str = ""  # what the chat template has already written of the answer's thoughts
+    opening: str = ""  # the <think> with which the chat template starts the answer
 
     def whole_answer(self, text: str) -> str:
         """Return a sampled text with what the chat template opened for it, as it is judged and shown."""
@@ -889,7 +889,7 @@ class Prompts(torch.utils.data.Dataset):
 
     def of(self, examples: list[Example]) -> "Prompts":
         """Return the same encoding for other examples, none of which may be replaced."""
-        other = copy.copy(self)
+        other = copy.copy(self)  # checks nothing at once: evaluation leaves out what cannot be encoded
         other.examples, other.replace_bad = examples, False
         return other
 
@@ -922,8 +922,7 @@ class Prompts(torch.utils.data.Dataset):
                 "next to the completion; prompts are never cut: lower --max_pixels or --max_completion_tokens"
             )
         opened = re.search(r"<think>(\s*</think>)?\s*$", text)
-        # An empty block that the template also closed counts as the thoughts that were asked for; without --think it
-        # is no part of the answer.
+        # If the template writes an empty <think></think> itself, it is part of the answer only with --think.
         closed = opened and opened[1]
         opening = opened[0] if opened and (self.think or not closed) else ""
         return Prompt(example, inputs, target, model_solution(example, target), slot, opening=opening)
@@ -934,11 +933,11 @@ class Prompts(torch.utils.data.Dataset):
         return seen_size(self.processor.image_processor, size) if pixels else size
 
     def refuse_placeholders(self, example: Example, question: str) -> None:
-        """Raise DataError for a question that holds the processor's own mark of an image, which would count as one."""
+        """Raise DataError for a question that holds the processor's own mark of an image or a video."""
         marks = {getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")} - {None, IMAGE_MARK}
         if found := [mark for mark in marks if isinstance(mark, str) and mark in question]:
             raise DataError(
-                f"example {example.id}: its text holds {found[0]}, which stands for an image in this model's prompts: "
+                f"example {example.id}: its text holds {found[0]}, which stands for an image in the model's prompts: "
                 f"write {IMAGE_MARK} where an image belongs, or take it out"
             )
 

@@ -370,10 +370,11 @@ def dpo_loss(logp: Tensor, logp_ref: Tensor, beta: float) -> tuple[Tensor, Tenso
 
 
 def pair_ids(run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """Tokenize the chosen and rejected answers of B pairs, each with EOS; return ids and mask [B * 2, C]."""
+    """Tokenize the chosen and rejected answers of B pairs, each with its end; return ids and mask [B * 2, C]."""
     tokenizer = run.prompts.processor.tokenizer
     encoded = tokenizer([text for p in prompts for text in p.solution], add_special_tokens=False)["input_ids"]
-    end = data.turn_end(run.prompts.processor) or tokenizer.eos_token_id
+    end = data.turn_end(run.prompts.processor)
+    end = tokenizer.eos_token_id if end is None else end
     rows = [torch.tensor(ids + [end]) for ids in encoded]
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
     mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])

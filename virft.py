@@ -622,7 +622,7 @@ def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
         A, inputs = ro.advantages[rows], run.collate(prompts)
         old = torch.zeros_like(logp)
         parts.append(MicroBatch(prompts, inputs, ids, mask, w, A, logp_sampled=logp, logp_old=old))
-    # After the loop, because copying to a GPU, as `collate` does, waits for what the GPU was given before.
+    # Scored after all are copied to the GPU, because each copy waits for the work that is queued there.
     return [batch._replace(logp_ref=run.reference_logps(batch)) for batch in parts], divisor
 
 
@@ -925,7 +925,7 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
         raise SystemExit(f"model {cfg.model} has no image processor: it reads text only")
     images = processor.image_processor
     for name, value in data.options("processor_options", cfg.processor_options).items():
-        if callable(getattr(images, name, print)):
+        if not hasattr(images, name) or callable(getattr(images, name)):
             raise SystemExit(f"--processor_options {name}: {type(images).__name__} has no such setting")
         if name == "size" and not isinstance(value, dict):
             raise SystemExit(f'--processor_options size={value}: must be like {{"height": 336, "width": 336}}')
@@ -948,7 +948,7 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
 
 
 def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that end a completion (all EOS ids of the model) and those it may not contain (placeholders)."""
+    """Return the ids that end a completion (EOS ids, and the template's) and those it may not contain (placeholders)."""
     text, tokenizer = model.config.get_text_config(), processor.tokenizer
     configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
     configured += (data.turn_end(processor),)
@@ -1028,7 +1028,7 @@ def build(
             adapters = extra("adapters", "--lora_rank").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
         elif cfg.freeze_vision:
             extra("adapters", "--freeze_vision").freeze_vision(model)
-        # Where memory counts: on GPUs, or where --micro_batch says so. 3 to 5 GB less for 2B, a sixth more time.
+        # Where memory counts: on GPUs, or where --micro_batch says so. 5 GB less for 2B (by the formula).
         if memory and (bf16 or cfg.micro_batch):
             memory.checkpoint_vision(model)
     placed(model)

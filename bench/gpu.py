@@ -203,7 +203,7 @@ def main() -> None:
     for shape in args.shapes:
         with tempfile.TemporaryDirectory() as folder:
             write_data(Path(folder) / "data", 40)
-            write_model(shape, Path(folder) / "model")  # on the CPU, so that this process uses no GPU memory
+            write_model(shape, Path(folder) / "model")
             for case in args.cases:
                 argv = ("--cases", case, "--steps", args.steps, "--folder", folder, "--micro_batch", args.micro_batch)
                 rounds = [

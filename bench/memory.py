@@ -80,7 +80,7 @@ SMALL = {"P": 140, "grid": (20, 20), "G": 8, "C": 48, "prompts": 2}  # 400 patch
 
 
 def small_config(width: int) -> transformers.Qwen2VLConfig:
-    """A Qwen2-VL whose parts have about the proportions of the 2B model, with width 1 500 times smaller."""
+    """A Qwen2-VL of about the proportions of the 2B model; at width 1 it is 500 times smaller."""
     text = gpu.TEXT | {
         "vocab_size": 4096, "hidden_size": 192 * width, "intermediate_size": 1120 * width, "num_hidden_layers": 4,
         "num_attention_heads": 6, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": 0,
@@ -113,7 +113,7 @@ def peak(work: object) -> int:
 def resident(work: object) -> int:
     """Return how far the memory of this process rose while `work` ran.
 
-    With FSDP, which frees memory by resizing it, the profiler misses what was allocated before it started.
+    FSDP frees memory by resizing storages, and the profiler does not count those allocated before it started.
     MALLOC_MMAP_THRESHOLD_ makes malloc return what is freed to the system.
     """
 
@@ -137,8 +137,8 @@ def measured(folder: Path, flags: dict, width: int) -> tuple[dict[str, float], d
         ["--model", str(folder), "--max_completion_tokens", str(C), "--prompts_per_step", str(B * processes), *argv]
     )
     tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
-    silent = {"apply_chat_template": lambda turns, tokenize: ""}
-    prompts = SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer, **silent))
+    processor = SimpleNamespace(tokenizer=tokenizer, apply_chat_template=lambda turns, tokenize: "")
+    prompts = SimpleNamespace(processor=processor)
     run = virft.build(cfg, virft.connect(cfg), prompts, {}, trains=True)
     run.collate = lambda prompts: batch_of(len(prompts))
     ids, ones = torch.randint(100, 4000, (B * G, C)), torch.ones(B * G, C)

@@ -30,7 +30,8 @@ def write(folder: Path, tiles: bool, layers: tuple[int, int] = (30, 12)) -> None
     text = {
         "model_type": "llama", "vocab_size": 49_280, "hidden_size": 576, "intermediate_size": 1536,
         "num_hidden_layers": layers[0], "num_attention_heads": 9, "num_key_value_heads": 3,
-        "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": 8192, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     vision = {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": layers[1], "num_attention_heads": 12,

@@ -120,7 +120,7 @@ def needed(
     shards = processes if cfg.shard else 1
     states = (weights + MOMENTS[cfg.adam_bits] * T) / shards
     chunk, encoded = cfg.micro_batch or G, max(1, cfg.micro_batch // G)
-    if "linear_attention" in (getattr(text, "layer_types", None) or ()):  # repeats prompts and has no chunks
+    if "linear_attention" in (getattr(text, "layer_types", None) or ()):  # repeats the prompt, no chunks
         chunk = encoded = max(G, cfg.micro_batch)
     width = getattr(text, "intermediate_size", None) or text.moe_intermediate_size * text.num_experts_per_tok
     token = layers * (TEXT_H * h + TEXT_F * width)
