@@ -948,7 +948,7 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
 
 
 def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that end a completion (EOS ids, and the template's) and those it may not contain (placeholders)."""
+    """Return the ids that end a completion (EOS ids, and the template's) and those it may not contain, placeholders."""
     text, tokenizer = model.config.get_text_config(), processor.tokenizer
     configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
     configured += (data.turn_end(processor),)
