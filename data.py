@@ -16,11 +16,14 @@ To add a task, write a reader and a prompt and enter them in TASKS. Your own row
 """
 
 import copy
+import csv
 import difflib
 import importlib
 import json
+import math
 import random
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,12 +32,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from rewards import REWARDS, Box, is_box, parse_answer, parse_detections, parse_grounding
+from rewards import REWARDS, Box, parse_answer, parse_detections, parse_grounding
 
 Size = tuple[int, int]  # (width, height)
 
@@ -58,8 +62,6 @@ COORDINATES_OF_FAMILY = {
     **dict.fromkeys(("internvl", "glm4v", "glm4v_moe", "glm46v"), "relative"),
     "llava": "relative",  # LLaVA 1.5 learned decimals in 0..1: the same frame in other units
 }
-# Model types whose processors pad images to a canvas (read in their code, some of them measured).
-PADDED = ("mllama", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_ocr2", "janus", "aria", "glm5_next", "kimi_k25")
 
 
 def model_size(coordinates: str, seen_size: Size) -> Size:
@@ -101,6 +103,8 @@ def box_inside(box: Box, size: Size, overhang: float = 1.0) -> Box:
     """
     x1, y1, x2, y2 = map(float, box)
     width, height = size
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        raise DataError("is not finite")
     if min(x1, y1) < -overhang or x2 > width + overhang or y2 > height + overhang:
         raise DataError("lies outside the image")
     x1, y1, x2, y2 = max(0.0, x1), max(0.0, y1), min(float(width), x2), min(float(height), y2)
@@ -118,6 +122,8 @@ def round_box(box: Box) -> tuple[int, int, int, int]:
 # ------------------------------------------------------------------------------------------------
 # Images.
 
+Image.MAX_IMAGE_PIXELS = None  # open_image has its own limit, with a message that says what to do
+MOST_PIXELS = 178_956_970  # PIL's limit for an error; decoded, such an image takes 0.7 GB
 MIN_PIXELS = 3136  # 56 x 56, the published value (Qwen2-VL); smaller images are scaled up
 MAX_ASPECT = 200  # Qwen's processors refuse longer images, and there is nothing to learn from such a strip
 
@@ -144,24 +150,6 @@ def show_whole_images(images: Any, max_pixels: int) -> list[str]:
 
 
 PLAIN = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}  # numbers stay gray levels
-BORDERS = {"left": 200, "right": 225, "top": 250, "bottom": 175}  # gray levels
-
-
-def lost_borders(images: Any) -> list[str]:
-    """Return the borders that an image processor cuts off: those whose gray level is not in what it returns.
-
-    Each border is a tenth of a side, which resizing to 56 x 28 pixels still shows. A narrower cut is not found.
-    """
-    picture = Image.new("L", (640, 430), 100)
-    boxes = ((0, 43, 64, 387), (576, 43, 640, 387), (0, 0, 640, 43), (0, 387, 640, 430))
-    for box, level in zip(boxes, BORDERS.values()):
-        picture.paste(level, box)
-    seen = images(images=[picture.convert("RGB")], **PLAIN)
-    if "pixel_values" not in seen:
-        raise DataError(f"{type(images).__name__} returns {', '.join(seen)}, not pixel_values: it is not supported")
-    pixels = seen["pixel_values"].float()
-    # A border covers 8 or 10% of the picture; edges of another one, which resizing blurs, have some of its level too.
-    return [name for name, level in BORDERS.items() if ((pixels - level).abs() < 9).float().mean() < 0.01]
 
 
 @cache
@@ -193,7 +181,9 @@ def opened(source: ImageSource) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise DataError(f"{source}: no such image") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, ValueError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # PIL's plugins raise what they like
         raise DataError(f"{source}: not a whole image ({error})") from None
 
 
@@ -201,18 +191,28 @@ def open_image(source: ImageSource, expected_size: Size | None = None) -> Image.
     """Decode an image to RGB: turned upright by its EXIF tag, transparency on white.
 
     expected_size: (width, height) according to the annotations. Raises DataError, naming the file, for an image that
-    does not open, has another size, or is a strip beyond MAX_ASPECT.
+    does not open, has another size, is a strip beyond MAX_ASPECT, or has more pixels than MOST_PIXELS; JPEGs of
+    that size are decoded at a fraction of it. Gray levels of more than 8 bits are stretched to their range.
     """
     with opened(source) as file:
+        full = upright_size(file)
+        if math.prod(file.size) > MOST_PIXELS:
+            file.draft("RGB", (4096, 4096))
+        if math.prod(file.size) > MOST_PIXELS:
+            raise DataError(f"{source}: the image is {full[0]}x{full[1]}, above {MOST_PIXELS:,} pixels: make it smaller")
         image = ImageOps.exif_transpose(file)
+        if image.mode.startswith(("I", "F")):  # converting these would clip them to 0..255
+            low, high = image.getextrema()
+            warnings.warn("images with more than 8 bits of gray are stretched to their range", stacklevel=2)
+            image = Image.fromarray(((np.asarray(image, float) - low) * 255 / max(high - low, 1e-9)).astype("uint8"))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-    width, height = image.size
-    if max(image.size) > MAX_ASPECT * min(image.size):
+    width, height = full
+    if max(full) > MAX_ASPECT * min(full):
         raise DataError(f"{source}: the image is {width}x{height}, an aspect ratio above {MAX_ASPECT}")
-    if expected_size and image.size != tuple(expected_size):
+    if expected_size and full != tuple(expected_size):
         raise DataError(
             f"{source}: the image is {width}x{height} once upright, its annotation says "
             f"{expected_size[0]}x{expected_size[1]}: the boxes would not fit it"
@@ -223,9 +223,12 @@ def open_image(source: ImageSource, expected_size: Size | None = None) -> Image.
 def image_size(source: ImageSource) -> Size:
     """Read the (width, height) of the upright image from the file's header. Raises DataError as open_image does."""
     with opened(source) as image:
-        width, height = image.size
-        sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
-    return (height, width) if sideways else (width, height)
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> Size:
+    """Return the (width, height) of an open image once its EXIF tag has turned it: orientations 5 to 8 swap them."""
+    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,6 +283,8 @@ class Choice:
     eval_categories: str = "gt"  # asked of each image: those it shows and negatives; all; listed, those of `categories`
     seed: int = 0
     skip_bad_images: bool = False  # leave out and count bad images or rows, which are otherwise an error
+    box_format: str = "auto"  # of the boxes in tables with a column `objects`
+    one_split: bool = True  # data that has no splits may be read for this one
 
 
 CATEGORY_SPLITS = {  # Visual-RFT sections 4.2 to 4.4; base65 is COCO's 80 categories without novel15
@@ -305,7 +310,9 @@ def wanted_categories(where: object, known: Sequence[str], categories: str | Non
         novel = CATEGORY_SPLITS["novel15"].split(", ")
         return [name for name in known if name not in novel]
     name_of = {plain_name(name): name for name in known}
-    wanted = [plain_name(name) for name in CATEGORY_SPLITS.get(categories, categories).split(",")]
+    # A name with commas stands in double quotes.
+    listed = next(csv.reader([CATEGORY_SPLITS.get(categories, categories)], skipinitialspace=True))
+    wanted = [plain_name(name) for name in listed]
     for name in wanted:
         if name not in name_of:
             near = difflib.get_close_matches(name, list(name_of), 3) or list(name_of)[:5]
@@ -345,8 +352,8 @@ def extra_reader(asked_by: str, module: str, function: str, *args) -> Any:
     return getattr(extra(f"readers.{module}", asked_by), function)(*args)
 
 
-def read_text(file: Path, encoding: str = "UTF-8") -> str:
-    """Read a text file. Raises DataError if it is missing or in another encoding."""
+def read_text(file: Path, encoding: str = "UTF-8-SIG") -> str:
+    """Read a text file, with or without a byte order mark. Raises DataError if it is missing or not such text."""
     try:
         return file.read_text(encoding=encoding)
     except FileNotFoundError:
@@ -355,35 +362,13 @@ def read_text(file: Path, encoding: str = "UTF-8") -> str:
         raise DataError(f"{file}: not {encoding} text ({error})") from None
 
 
-def read_json(file: Path, encoding: str = "UTF-8") -> Any:
+def read_json(file: Path, encoding: str = "UTF-8-SIG") -> Any:
     """Read a JSON file. Raises DataError, naming line and column, if it is not JSON."""
     try:
         return json.loads(read_text(file, encoding))
     except json.JSONDecodeError as error:
         place = f"{file}: line {error.lineno}, column {error.colno}"
         raise DataError(f"{place}: not JSON ({error.msg}); is the file cut off?") from None
-
-
-def file_lines(file: Path) -> list[tuple[str, str]]:
-    """Return the (place, text) of every line of a text file that is not empty."""
-    lines = enumerate(read_text(file).split("\n"), 1)  # not splitlines, which also splits inside JSON strings
-    return [(f"{file}: line {number}", line.strip()) for number, line in lines if line.strip()]
-
-
-def file_rows(file: Path) -> list[tuple[str, Any]]:
-    """Return the (place, row) of every row of a .json file (a list) or a .jsonl file."""
-    if file.suffix == ".json":
-        table = read_json(file)
-        if not isinstance(table, list):
-            raise DataError(f"{file}: a list of rows expected at the top level, found {str(table)[:100]}")
-        return [(f"{file}: row {number}", row) for number, row in enumerate(table)]
-    rows = []
-    for where, line in file_lines(file):
-        try:
-            rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}): {line[:200]}") from None
-    return rows
 
 
 def append_rows(file: Path, rows: Sequence[dict]) -> None:
@@ -397,12 +382,9 @@ def names_in(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
-def first_folder(root: Path, names: Sequence[str], layout: str) -> Path:
-    """Return the first of these folders that exists in `root`."""
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise DataError(f"{root}: no folder {' or '.join(names)}. {layout}")
+def few(names: Sequence[str]) -> str:
+    """List the first names, and how many there are."""
+    return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -416,35 +398,36 @@ COCO_LAYOUT = """A COCO folder looks like this:
 To see the whole thing run without data of your own: bash run.sh"""
 
 DETECTION_FIELDS = {  # the lists of an annotation file, and what every record in them must have
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("image_id", "category_id", "bbox"),
+    "images": ("id",),
+    "annotations": ("image_id", "category_id"),
     "categories": ("id", "name"),
 }
 
-Annotations = tuple[Path, dict[str, list], list[Path]]  # a file, its content, the path of each of its images
+Annotations = tuple[Path, dict[str, list], list[ImageSource | None]]  # a file, its content, each of its images
 
 
 def read_coco(data: str, split: str, choice: Choice = Choice()) -> Found:
-    """Read the annotation file and image folder of a split; layout: COCO_LAYOUT."""
-    return detection_examples(coco_file(Path(data), "instances", split, DETECTION_FIELDS), split, choice)
+    """Read the annotation file of a split and its images: COCO_LAYOUT, or an export that extras/readers/ knows."""
+    root = Path(data)
+    if not (file := annotation_file(root, f"instances_{split}*.json")) and (others := extra("readers.exports")):
+        file = others.coco_export(root, split, choice)
+    if not file:
+        raise DataError(f"{root}: no file instances_{split}*.json, or no folder. {COCO_LAYOUT}")
+    table = read_table(file, DETECTION_FIELDS)
+    return detection_examples((file, table, image_paths(file, table["images"])), split, choice)
 
 
-def coco_file(root: Path, kind: str, split: str, needed: dict[str, tuple]) -> Annotations:
-    """Read an annotation file of COCO_LAYOUT; kind: how its name begins. needed: see annotation_file."""
-    file, table = annotation_file(root, f"{kind}_{split}*.json", needed, COCO_LAYOUT)
-    name = file.stem.removeprefix(f"{kind}_")
-    folder = first_folder(root, (name, f"images/{name}"), COCO_LAYOUT)
-    return file, table, [folder / Path(record["file_name"]).name for record in table["images"]]
-
-
-def annotation_file(root: Path, pattern: str, needed: dict[str, tuple], layout: str) -> tuple[Path, dict[str, list]]:
-    """Read the one file of a pattern in DIR/annotations or DIR; needed: fields of its records, as DETECTION_FIELDS."""
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder. {layout}")
+def annotation_file(root: Path, pattern: str) -> Path | None:
+    """Return the one file of a pattern in DIR/annotations or DIR, None without one. Raises DataError for several."""
     found = [file for folder in (root / "annotations", root) for file in sorted(folder.glob(pattern))]
-    if len(found) != 1:
-        raise DataError(f"{root}: {len(found)} files {pattern}, one expected. {layout}")
-    file, table = found[0], read_json(found[0])
+    if len(found) > 1:
+        raise DataError(f"{root}: {len(found)} files {pattern}, one expected: --data may name one itself")
+    return found[0] if found else None
+
+
+def read_table(file: Path, needed: dict[str, tuple]) -> dict[str, list]:
+    """Read an annotation file; needed: its lists and the fields of their records, as DETECTION_FIELDS."""
+    table = read_json(file)
     for part, keys in needed.items():
         if not isinstance(table, dict) or not isinstance(table.get(part), list):
             raise DataError(f"{file}: no list '{part}' at the top level; such a file has {', '.join(needed)}")
@@ -452,189 +435,148 @@ def annotation_file(root: Path, pattern: str, needed: dict[str, tuple], layout: 
             for key in keys:
                 if not isinstance(record, dict) or key not in record:
                     raise DataError(f"{file}: {part}[{row}] has no '{key}'; it is {str(record)[:200]}")
-    return file, table
+    return table
+
+
+def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
+    """Find the image of each record: its whole file_name, else the name alone, in the folders around `file`.
+
+    Raises DataError if two records find the same file.
+    """
+    name, around = re.sub("^(instances|captions)_", "", file.stem), (file.parent, file.parent.parent)
+    folders = [p / part for p in around for part in ("", "images", "data", "JPEGImages", name, f"images/{name}")]
+    listed, found, users = cache(names_in), [], {}
+    for row, record in enumerate(records):
+        if not isinstance(record.get("file_name"), str):
+            found.append(None)
+            continue
+        whole = Path(record["file_name"].replace("\\", "/"))
+        places = [folder / part for part in (whole, whole.name) for folder in folders]
+        path = next((place for place in places if place.name in listed(place.parent)), None)
+        if path and users.setdefault(path, row) != row:
+            raise DataError(f"{file}: images[{users[path]}] and images[{row}] are the same file {path}")
+        found.append(path or places[0])
+    if not users:
+        raise DataError(f"{file}: none of its images is in {', '.join(map(str, filter(Path.is_dir, folders)))}")
+    return found
 
 
 def detection_examples(
-    annotations: Annotations, split: str, choice: Choice, known: Callable = lambda image_id, name, shown: True
+    annotations: Annotations, split: str, choice: Choice, verified: Callable[[str, str, bool], bool] | None = None
 ) -> Found:
     """Make an example of each image and category.
 
-    known(image_id, name, shown): whether the file is known to hold every instance of the category in the image; shown:
-    whether it holds any. The default is for files that are annotated in full, such as COCO's.
+    verified(id_key of an image, name, shown): whether the file is known to hold every instance of the category in the
+    image; shown: whether it holds any. None: every image is annotated in full, as COCO's are.
     """
     file, table, paths = annotations
     notes: list[str] = []
-    name_of = {record["id"]: record["name"] for record in table["categories"]}
-    id_of = {name: category_id for category_id, name in name_of.items()}
-    wanted = wanted_categories(file, list(id_of), choice.categories)
+    known = verified or (lambda key, name, shown: True)
+    ids, name_of = category_names(file, table["categories"])
     images, flaws = annotated_images(file, table["images"], paths)
     boxes, crowds = annotated_boxes(file, table["annotations"], images, name_of, flaws)
+    if crowds and not boxes:  # CVAT writes iscrowd 1 for every mask
+        notes.append(f"{file}: all annotations have iscrowd 1: they are taken as single objects")
+        boxes, crowds = crowds, boxes
+    seen = boxes.keys() | crowds.keys()
+    with_boxes, counts = {key for key, _ in seen}, [sum(map(len, b.values())) for b in (boxes, crowds)]
+    notes.append(
+        f"{file}: {len(images)} images, {counts[0]} boxes, {counts[1]} crowd regions, "
+        f"{len(images) - len(with_boxes)} images without either"
+    )
     leave_out(file, list(flaws.values()), choice, notes)
-    usable = [image_id for image_id in images if image_id not in flaws]
-    shown = {name: [i for i in usable if (i, name) in boxes] for name in wanted}
-    pairs = [(image_id, name) for name, ids in shown.items() for image_id in ids]
-    if choice.eval_categories == "gt" and (empty := [name for name in wanted if not shown[name]]):
-        notes.append(f"{file}: no image shows {', '.join(empty)}")
+    usable = [key for key in images if key not in flaws]
+    wanted = wanted_categories(file, list(ids), choice.categories)
+    if unused := [name for name in wanted if name not in {name for _, name in seen}]:
+        notes.append(f"{file}: no image shows {few(unused)}")
+        if choice.categories is None and not verified:  # such as the root of Roboflow's categories: it may be shown
+            wanted = [name for name in wanted if name not in unused]
+    shown = {name: [key for key in usable if (key, name) in boxes] for name in wanted}
+    pairs = [(key, name) for name, keys in shown.items() for key in keys]
     if choice.shots or choice.negatives or choice.eval_categories != "gt":
-        asked, seen = "--shots, --negatives or --eval_categories", boxes.keys() | crowds.keys()
+        asked = "--shots, --negatives or --eval_categories"
         pairs = extra_reader(asked, "choose", "choose_pairs", file, usable, shown, seen, known, choice, notes)
     if not pairs:
-        raise DataError(f"{file}: no example is left for the categories {', '.join(wanted)}")
+        why = next(iter(flaws.values()), f"no usable image shows {few(wanted)}")
+        raise DataError(f"{file}: no example is left: {why}")
     examples = []
-    for image_id, name in pairs:
-        path, size = images[image_id]
-        targets, ignored = (tuple(found.get((image_id, name), ())) for found in (boxes, crowds))
-        exhaustive, id = known(image_id, name, bool(targets)), f"{split}/{image_id}/{name}"
-        examples.append(Example(id, (path,), size, targets, name, ignored, exhaustive, image_id, id_of[name]))
+    for key, name in pairs:
+        path, size, image_id = images[key]
+        targets, ignored = (tuple(found.get((key, name), ())) for found in (boxes, crowds))
+        exhaustive, id = known(key, name, bool(targets)), f"{split}/{image_id}/{name}"
+        examples.append(Example(id, (path,), size, targets, name, ignored, exhaustive, image_id, ids[name]))
     return examples, notes
 
 
-def annotated_images(file: Path, rows: list, paths: Sequence[Path]) -> tuple[dict, dict]:
-    """Return {image id: (path, size)} and {image id: what is wrong with it}."""
-    images, flaws, listed = {}, {}, cache(names_in)
+def id_key(value: Any) -> str:
+    """Return one form of 7, 7.0 and "7": exports write an id in one list as a number, in another as text."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def category_names(file: Path, rows: list) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return {name: id} and {id_key: name} of a file's categories. Raises DataError if two share an id or a name."""
+    ids: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for row, record in enumerate(rows):
+        name, key = str(record["name"]), id_key(record["id"])
+        if name in ids or key in names:
+            raise DataError(f"{file}: categories[{row}] shares its id or name with an earlier one: {record}")
+        ids[name], names[key] = record["id"], name
+    return ids, names
+
+
+def annotated_images(file: Path, rows: list, paths: Sequence[ImageSource]) -> tuple[dict, dict]:
+    """Return {id_key of an image: (source, size, id)} and {id_key: what is wrong with it}."""
+    images, flaws, row_of, listed = {}, {}, {}, cache(names_in)
     for row, (record, path) in enumerate(zip(rows, paths)):
-        image_id, size = record["id"], (record["width"], record["height"])
-        images[image_id] = (path, size)
-        if path.name not in listed(path.parent):
-            flaws[image_id] = f"{path}: no such image (images[{row}] of {file})"
-        elif not all(isinstance(side, int) and side > 0 for side in size) or max(size) > MAX_ASPECT * min(size):
+        key, where = id_key(record["id"]), f"{file}: images[{row}]"
+        if row_of.setdefault(key, row) != row:
+            raise DataError(f"{where} and images[{row_of[key]}] share the id {key}: {path} and {images[key][0]}")
+        sides = [id_key(record.get(side)) for side in ("width", "height")]  # 64, 64.0 or "64"
+        size = tuple(int(side) if side.isdecimal() else 0 for side in sides)
+        images[key] = (path, size, record["id"])
+        if path is None:
+            flaws[key] = f"{where} has no 'file_name': {str(record)[:200]}"
+        elif isinstance(path, Path) and path.name not in listed(path.parent):
+            flaws[key] = f"{path}: no such image ({where.partition(': ')[2]} of {file})"
+        elif min(size) < 1 or max(size) > MAX_ASPECT * min(size):
             rule = f"sides must be positive, their ratio at most {MAX_ASPECT}"
-            flaws[image_id] = f"{file}: images[{row}] {path.name} is {size[0]}x{size[1]}: {rule}"
+            flaws[key] = f"{where} {record.get('file_name')} is {sides[0]}x{sides[1]}: {rule}"
     return images, flaws
 
 
 def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: dict) -> tuple[dict, dict]:
-    """Return {(image id, category): boxes} of targets and of crowd regions; adds what is wrong to `flaws`."""
-    boxes, crowds = defaultdict(list), defaultdict(list)
+    """Return {(id_key of an image, category): boxes} of targets and of crowds; adds what is wrong to `flaws`."""
+    boxes, crowds, corners, largest = defaultdict(list), defaultdict(list), 0, 0.0
+    broken = set(flaws)
     for row, record in enumerate(rows):
-        image_id, category_id, bbox = record["image_id"], record["category_id"], record["bbox"]
+        key, category, bbox = id_key(record["image_id"]), id_key(record["category_id"]), record.get("bbox")
         where = f"{file}: annotations[{row}]"
-        if image_id not in images or category_id not in name_of:
-            missing = f"image {image_id}" if image_id not in images else f"category {category_id}"
+        if key not in images or category not in name_of:
+            missing = f"image {key}" if key not in images else f"category {category}"
             raise DataError(f"{where} belongs to {missing}, which the file does not list")
+        if key in broken:  # its size may be missing
+            continue
+        width, height = images[key][1]
         try:
             x, y, w, h = map(float, bbox)
-        except (TypeError, ValueError):
-            raise DataError(f"{where} has bbox {bbox}; [x, y, width, height] in pixels expected") from None
-        width, height = images[image_id][1]
-        try:
+            corners += x < w <= width + 1 and y < h <= height + 1
+            largest = max(largest, x + w, y + h)
             box = box_inside((x, y, x + w, y + h), (width, height))
-        except DataError as error:
-            flaws.setdefault(image_id, f"{where} of image {image_id} ({width}x{height}) {error}: bbox {bbox}")
+        except (TypeError, ValueError) as error:  # a DataError is a ValueError
+            why = error if isinstance(error, DataError) else "has no [x, y, width, height] in pixels"
+            flaws.setdefault(key, f"{where} of image {key} ({width}x{height}) {why}: bbox {bbox}")
             continue
-        (crowds if record.get("iscrowd") else boxes)[image_id, name_of[category_id]].append(box)
+        (crowds if str(record.get("iscrowd")) in ("1", "True") else boxes)[key, name_of[category]].append(box)
+    if len(flaws) > len(broken) and corners == len(rows):
+        raise DataError(f"{next(f for k, f in flaws.items() if k not in broken)}. All look like [x1, y1, x2, y2]")
+    if 0 < largest <= 1:
+        raise DataError(f"{file}: every bbox lies in 0..1; [x, y, width, height] in pixels expected")
     return boxes, crowds
 
 
 # ------------------------------------------------------------------------------------------------
-# Rows of any task: JSON and JSON lines files, and tables (extras/readers/tables.py): parquet files,
-# save_to_disk folders and hub names, the forms of the released ViRFT sets.
-
-ROW_LAYOUT = """A row has image or image_path (relative to the rows' folder) or images (a list), problem and solution.
-The problem may mark the place of each image with <image>; otherwise images come first.
-Boxes in JSON rows need coords: "pixels" (of the original image) or 1000 if they are 0..1000 and the problem says so."""
-
-
-def is_table(source: str) -> bool:
-    """Return whether `source` needs the datasets library: parquet, a save_to_disk folder, or owner/name on the hub."""
-    path = Path(source)
-    if path.is_dir():
-        signs = ("dataset_info.json", "dataset_dict.json", "*.parquet", "data/*.parquet")
-        return any(any(path.glob(sign)) for sign in signs)
-    return path.suffix == ".parquet" or not path.exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source))
-
-
-def read_rows(task: "Task", source: str, split: str, choice: Choice) -> Found:
-    """Read rows of ROW_LAYOUT for a task; their problems are the prompts.
-
-    Released tables hold boxes in 0..1000, which their problems state: every model is asked in that convention. JSON
-    rows declare theirs; boxes in pixels are converted to the model's convention, which the prompt then states.
-    """
-    refuse(choice, f"the rows of {source} are chosen already", "shots", "negatives", "eval_categories")
-    if is_table(source):
-        rows, coords = extra_reader(f"--data {source}", "tables", "table_rows", source, split), 1000
-    else:
-        rows, coords = file_rows(Path(source)), None
-    examples, flaws, notes = [], [], []
-    for number, (where, row) in enumerate(rows):
-        try:
-            example = row_example(task, row, Path(source).parent, coords)
-        except DataError as error:
-            flaws.append(f"{where}: {error}; the row is {str(row)[:400]}")
-            continue
-        examples.append(replace(example, id=f"{source}/{number}", image_id=number))
-    leave_out(source, flaws, choice, notes, "rows")
-    if split == "val" and Path(source).is_file():
-        notes.append(f"{source} has no splits: all its rows are evaluated")
-    numbers = {name: i for i, name in enumerate(sorted({example.category for example in examples}), 1)}
-    wanted = set(wanted_categories(source, list(numbers), choice.categories))
-    return [replace(e, category_id=numbers[e.category]) for e in examples if e.category in wanted], notes
-
-
-def row_example(task: "Task", row: Any, folder: Path, coords: object) -> Example:
-    """Convert one row to an example; coords: the unit of boxes in rows without `coords`, None if it is required."""
-    if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or "solution" not in row:
-        raise DataError(ROW_LAYOUT)
-    given = [row[key] for key in ("image", "image_path", "images") if row.get(key)]
-    images = given[0] if len(given) == 1 else []
-    images = tuple(folder / i if isinstance(i, str) else i for i in (images if isinstance(images, list) else [images]))
-    if not images or not all(isinstance(image, Path) or callable(image) for image in images):
-        raise DataError(f"one of image, image_path and images expected. {ROW_LAYOUT}")
-    sizes = [image_size(image) for image in images]  # of all images, to report a missing one now
-    solution, coordinates = task.solution(row["solution"]), None
-    if task.boxes:
-        coords = str(row.get("coords") or coords)
-        if coords not in ("pixels", "1000"):
-            raise DataError(f'boxes need coords: "pixels" or coords: 1000, found {row.get("coords")!r}. {ROW_LAYOUT}')
-        frame, coordinates = (sizes[0], None) if coords == "pixels" else ((1000, 1000), "relative")
-        solution = map_boxes(solution, lambda box: to_pixels(box_inside(box, frame), sizes[0], frame))
-    quoted = re.search(r"category ['\"]([^'\"]+)['\"]", row["problem"])
-    category = str(row.get("category") or class_of(solution) or (quoted.group(1) if quoted else "object"))
-    size = sizes[0] if task.boxes else None
-    return Example("", images, size, solution, category, question=row["problem"], coordinates=coordinates)
-
-
-# ------------------------------------------------------------------------------------------------
-# Solutions as rows give them, and answers as models write them.
-
-
-def _as_answer(text: str) -> str:
-    return text if "<answer>" in text else f"<answer>{text}</answer>"
-
-
-def detection_solution(value: Any) -> tuple[Box, ...]:
-    """Read the boxes of a row's solution: the answer format, or a list of boxes. Raises DataError."""
-    found = parse_detections(_as_answer(value)) if isinstance(value, str) else None
-    boxes = value if found is None else [box for box, _ in found]
-    if not isinstance(boxes, list) or not all(map(is_box, boxes)):
-        raise DataError(
-            f"solution {str(value)[:200]!r}: expected <answer>[{{'Position': [x1, y1, x2, y2], 'Confidence': 1}}, ...]"
-            "</answer>, <answer>No Objects</answer>, or a list of [x1, y1, x2, y2]"
-        )
-    return tuple(tuple(map(float, box)) for box in boxes)
-
-
-def grounding_solution(value: Any) -> Box:
-    """Read the box of a row's solution: the answer format, or four numbers. Raises DataError."""
-    box = parse_grounding(_as_answer(value)) if isinstance(value, str) else value
-    if not is_box(box):
-        raise DataError(f"solution {str(value)[:200]!r}: expected <answer>(x1,y1),(x2,y2)</answer> or [x1, y1, x2, y2]")
-    return tuple(map(float, box))
-
-
-def class_solution(value: Any) -> str | tuple[str, ...]:
-    """Read the class name of a row's solution, or all accepted names, in plain words. Raises DataError."""
-    names = [parse_answer(_as_answer(value))] if isinstance(value, str) else value
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and plain_name(n) for n in names):
-        expected = "a class name, <answer>it</answer>, or a list of accepted names"
-        raise DataError(f"solution {str(value)[:200]!r}: expected {expected}")
-    return plain_name(names[0]) if len(names) == 1 else tuple(map(plain_name, names))
-
-
-def as_it_is(solution: Any) -> Any:
-    """Return a solution unchanged, for the user's own rewards. Not a lambda: it must pickle for DataLoader workers."""
-    return solution
+# Answers as models write them.
 
 
 def class_of(solution: Any) -> str | None:
@@ -666,18 +608,6 @@ def _corners(box: Box, digits: int | None) -> list[float]:
 def text_answer(solution: Any, digits: int | None = None) -> str:
     """Write a class name, or any other solution of a row, as text."""
     return class_of(solution) or str(solution)
-
-
-def answer_shares(texts: Sequence[str], parse: Callable) -> dict[str, float]:
-    """Return signs of collapse: the shares of answers that parse, say `No Objects`, or have a wordless think block."""
-    parsed = [parse(text) for text in texts]
-    thoughts = [text.partition("<think>")[2].partition("</think>")[0] if "<think>" in text else None for text in texts]
-    signs = {
-        "parsed": [p is not None for p in parsed],
-        "no_objects": [p == [] for p in parsed],
-        "empty_think": [thought is not None and not any(map(str.isalnum, thought)) for thought in thoughts],
-    }
-    return {name: sum(found) / max(1, len(texts)) for name, found in signs.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -737,7 +667,6 @@ class Task:
     read: Callable[[str, str, Choice], Found] | None  # reader of the dataset's own layout; None: only rows are read
     # (category, target, coordinates, think) -> the question; None: every row brings its own.
     prompt: Callable[[str, Size, str, bool], str] | None
-    solution: Callable[[Any], Any]  # converts a row's solution to Example.solution; raises DataError
     parse: Callable[[str], Any]  # completion -> answer, None if malformed: the rewards' own parser
     answer: Callable[..., str]  # (solution in the model's coordinates, digits) -> the text inside <answer>
     boxes: bool  # whether solutions and answers hold boxes
@@ -758,11 +687,11 @@ class Task:
 
 
 detection = partial(
-    Task, prompt=detection_prompt, solution=detection_solution, parse=parse_detections, answer=detection_answer,
+    Task, prompt=detection_prompt, parse=parse_detections, answer=detection_answer,
     boxes=True, rewards={"iou": 1.0, "confidence": 1.0, "format": 1.0}, metric="detection", asks_for="categories",
 )  # fmt: skip
 classification = partial(
-    Task, solution=class_solution, parse=parse_answer, answer=text_answer, boxes=False,
+    Task, parse=parse_answer, answer=text_answer, boxes=False,
     rewards={"accuracy": 1.0, "format": 1.0}, metric="classification",
 )  # fmt: skip
 
@@ -783,11 +712,11 @@ TASKS = {
                        partial(class_prompt, "model", "aircraft"), hub_data=f"{HUB}CLS_fgvc_aircraft_4_shot"),
         classification("cars", partial(extra_reader, "--task cars", "classes", "read_classes"),
                        partial(class_prompt, "make, model and year", "car"), hub_data=f"{HUB}CLS_car196_4shot"),
-        Task("lisa", partial(extra_reader, "--task lisa", "reasonseg", "read_lisa"), grounding_prompt,
-             grounding_solution, parse_grounding, grounding_answer, boxes=True, rewards={"giou": 1.0, "format": 1.0},
+        Task("lisa", partial(extra_reader, "--task lisa", "reasonseg", "read_lisa"), grounding_prompt, parse_grounding,
+              grounding_answer, boxes=True, rewards={"giou": 1.0, "format": 1.0},
              metric="grounding", asks_for="an instruction"),
         # Your own rows with your own rewards: problem and solution are used unchanged.
-        classification("rows", None, None, solution=as_it_is, metric="rewards", asks_for="a question"),
+        classification("rows", None, None, metric="rewards", asks_for="a question"),
     )
 }  # fmt: skip
 
@@ -810,12 +739,13 @@ def load_examples(
     choice = Choice(**flags)
     if source is None:
         raise DataError(f"--task {task.name} has no released dataset: --data names yours")
-    if Path(source).suffix in (".json", ".jsonl") or is_table(source):
-        examples, notes = read_rows(task, source, split, choice)
-    elif task.read is None:
-        raise DataError(f"--data {source}: --task {task.name} reads rows, from .json, .jsonl or parquet. {ROW_LAYOUT}")
-    else:
-        examples, notes = task.read(source, split, choice)
+    others = extra("readers.exports")
+    read = others.reader_of(task, source) if others else task.read if Path(source).is_dir() else None
+    if read is None:
+        raise SystemExit(f"--data {source} needs extras/readers/rows.py: copy the folder extras beside virft.py")
+    examples, notes = read(source, split, choice)
+    if others:
+        examples = others.whole_images(examples, choice, notes)
     if max_boxes is not None:
         if not task.boxes:
             raise DataError(f"--max_boxes {max_boxes}: --task {task.name} has no boxes")
@@ -827,7 +757,7 @@ def load_examples(
         examples = random.Random(choice.seed).sample(examples, limit)
     if not examples:
         raise DataError(f"{source}: no example is left of the {split} split")
-    settings = asdict(choice).items()
+    settings = {name: value for name, value in asdict(choice).items() if name != "one_split"}.items()
     chosen = [f"{name} {value}" for name, value in settings if value != getattr(Choice, name) or name == "seed"]
     return examples, [f"{len(examples)} {split} examples from {source} ({', '.join(chosen)})", *notes]
 
@@ -872,7 +802,8 @@ class Prompts(torch.utils.data.Dataset):
     template_options: Sequence[str] = ()  # NAME=VALUE
 
     def __post_init__(self):
-        self.template = options("template_options", self.template_options)
+        given, flag = self.template_options, "template_options"
+        self.template = extra("processors", f"--{flag}").options(flag, given) if given else {}
         for example in () if self.replace_bad else self.examples:  # now, not at the step that meets it
             self.refuse_placeholders(example, example.question or "")
 
@@ -912,7 +843,7 @@ class Prompts(torch.utils.data.Dataset):
         once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # the template has written it
         try:
             inputs = dict(self.processor(text=[text], images=images, return_tensors="pt", **once))
-        except ValueError as error:  # such as a strip that is too long for a processor
+        except Exception as error:  # such as a strip that is too long for a processor
             raise DataError(f"example {example.id}: {type(self.processor).__name__} refuses it: {error}") from None
         inputs.pop("labels", None)  # PaliGemma's processor adds labels, for supervised training
         length = inputs["input_ids"].shape[1]
@@ -956,23 +887,6 @@ def turn_end(processor: Any) -> int | None:
     after = text.partition("words")[2].lstrip()
     ids = processor.tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return ids[0] if ids and ids[0] in processor.tokenizer.get_added_vocab().values() else None
-
-
-def options(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """Read NAME=VALUE pairs; a value is JSON (false, 2, {...}), Python's True, False or None, or else a string.
-
-    Raises DataError for another form.
-    """
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise DataError(f"--{flag} {pair}: must be NAME=VALUE")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = {"True": True, "False": False, "None": None}.get(value, value)
-    return found
 
 
 IMAGE_MARK = "<image>"  # marks the place of an image in a question

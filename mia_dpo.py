@@ -56,6 +56,7 @@ import data
 from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task, extra
 from extras.adapters import language_model
 from extras.evaluate import read_predictions
+from extras.readers.rows import file_rows
 from extras.report import draw_pair, plot_curves
 from rewards import Box, parse_answer, reward_weights
 from virft import (  # of the algorithm
@@ -745,7 +746,7 @@ def finish_build(cfg: BuildConfig, records: list[dict], folder: Path) -> None:
 def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
     """Read pairs as examples whose solution is (chosen, rejected). DataError names the line and what was expected."""
     examples, names = [], ("id", "image", "prompt", "chosen", "rejected")
-    for where, row in data.file_rows(file):
+    for where, row in file_rows(file):
         missing = [name for name in names if not isinstance(row, dict) or row.get(name) in (None, "", [])]
         if missing or not all(isinstance(row[name], str) for name in ("prompt", "chosen", "rejected")):
             raise DataError(f"{where}: a pair has {', '.join(names)}, none of them empty; this one is {str(row)[:300]}")

@@ -227,9 +227,14 @@ def accuracy_reward(completion: str, solution: str | Sequence[str]) -> float:
     return float(answer is not None and normalize_name(answer) in {normalize_name(name) for name in names})
 
 
+PUNCTUATION = " .,;:!?'\"`*()[]"
+
+
 def normalize_name(name: str) -> str:
     """Remove the differences between spellings of a name: case, white space, `_`, `-` and punctuation at the ends."""
-    return " ".join(re.sub(r"[\s_-]", " ", name.casefold()).strip(" .,;:!?'\"`*()[]").split())
+    name = name.casefold().strip(PUNCTUATION)
+    minus = "-" if re.match(r"-[.\d]", name) else ""  # of a number
+    return minus + " ".join(re.sub(r"[\s_-]", " ", name).strip(PUNCTUATION).split())
 
 
 def published_accuracy(completion: str, solution: str | Sequence[str]) -> float:
@@ -279,6 +284,18 @@ def reward_weights(entries: Sequence[str]) -> dict[str, float]:
             raise ValueError(f"{name} is named twice")
         weights[name] = value
     return weights
+
+
+def answer_shares(texts: Sequence[str], parse: Callable) -> dict[str, float]:
+    """Return signs of collapse: the shares of answers that parse, say `No Objects`, or have a wordless think block."""
+    parsed = [parse(text) for text in texts]
+    thoughts = [text.partition("<think>")[2].partition("</think>")[0] if "<think>" in text else None for text in texts]
+    signs = {
+        "parsed": [p is not None for p in parsed],
+        "no_objects": [p == [] for p in parsed],
+        "empty_think": [thought is not None and not any(map(str.isalnum, thought)) for thought in thoughts],
+    }
+    return {name: sum(found) / max(1, len(texts)) for name, found in signs.items()}
 
 
 def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Callable[[str, object], float], float]]:

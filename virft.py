@@ -69,7 +69,7 @@ from transformers.hf_argparser import string_to_bool
 
 import data
 from data import CATEGORY_SPLITS, CONVENTIONS, MIN_PIXELS, TASKS, DataError, Example, Prompt, Prompts, extra
-from rewards import choose_rewards, reward_weights
+from rewards import answer_shares, choose_rewards, reward_weights
 
 
 def setting(default: Any, help: str, heading: str | None = None, **rules) -> Any:
@@ -92,6 +92,7 @@ class Config:
     shots: int | None = setting(None, "training images per category (few-shot), chosen by seed", least=1)
     negatives: float = setting(0.0, "share of examples that ask for an absent category", least=0, below=1)
     max_boxes: int | None = setting(None, "leave out training examples with more boxes than this")
+    box_format: str = setting("auto", "boxes of tables with `objects`", choices=("auto", "xywh", "xyxy"))
     skip_bad_images: bool = setting(False, "leave out and count images that are missing, broken or wrongly annotated")
     max_pixels: int = setting(401408, "largest image in pixels (401408 = 512 patches of 28 x 28)", least=MIN_PIXELS)
     coordinates: str = setting("auto", "coordinates of the model; relative: 0..1000", choices=("auto", *CONVENTIONS))
@@ -674,7 +675,7 @@ def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
     metrics = Averages()
     for name, value in values:
         metrics.put(name, value.sum(), value.numel())
-    for name, share in data.answer_shares(ro.texts, run.prompts.task.parse).items():
+    for name, share in answer_shares(ro.texts, run.prompts.task.parse).items():
         metrics.put(name, share * N, N)
     # `reduce` adds up tokens and seconds over processes, which sample at the same time: hence the factor.
     metrics.put("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds["sample"])
@@ -924,19 +925,12 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
     if not hasattr(processor, "image_processor"):
         raise SystemExit(f"model {cfg.model} has no image processor: it reads text only")
     images = processor.image_processor
-    for name, value in data.options("processor_options", cfg.processor_options).items():
-        if not hasattr(images, name) or callable(getattr(images, name)):
-            raise SystemExit(f"--processor_options {name}: {type(images).__name__} has no such setting")
-        if name == "size" and not isinstance(value, dict):
-            raise SystemExit(f'--processor_options size={value}: must be like {{"height": 336, "width": 336}}')
-        setattr(images, name, value)
+    if cfg.processor_options:
+        extra("processors", "--processor_options").configure(images, cfg.processor_options)
     notes = data.show_whole_images(images, cfg.max_pixels)
-    if notes and cfg.max_pixels != Config.max_pixels:
-        say("\n".join(notes))
-    if lost := data.lost_borders(images):
-        raise SystemExit(f"{type(images).__name__} cuts off the {', '.join(lost)} of images: boxes would be displaced")
-    if config.model_type in data.PADDED:
-        say(f"{config.model_type} shows images on a padded canvas: its own 0..1000 may refer to that; see --check")
+    notes = notes if cfg.max_pixels != Config.max_pixels else []
+    for note in notes + (look.inspect(images, config.model_type) if (look := extra("processors")) else []):
+        say(note)
     if coordinates == "auto":
         coordinates = data.COORDINATES_OF_FAMILY.get(kind := config.model_type)
         if coordinates is None:
@@ -963,9 +957,11 @@ def load_examples(cfg: Config, split: str) -> list[Example]:
     """Load the examples of a split and print what was left out and why."""
     task, bad = TASKS[cfg.task], cfg.skip_bad_images
     chosen = {"categories": cfg.categories, "negatives": cfg.negatives, "seed": cfg.seed, "skip_bad_images": bad}
+    chosen["box_format"] = cfg.box_format
     if split == "train":
         source, chosen = cfg.data or task.hub_data, chosen | {"shots": cfg.shots, "max_boxes": cfg.max_boxes}
     else:
+        chosen["one_split"] = bool(cfg.eval_data or cfg.eval_only)
         source = cfg.eval_data or cfg.data or task.hub_data
         chosen |= {"limit": cfg.eval_limit, "eval_categories": cfg.eval_categories}
     with loading("dataset", source):
@@ -1085,7 +1081,8 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     if checks:
         checks.describe(run, per_prompt, what, notes)
     else:
-        say("extras/ is missing: no description of the run, no pictures; Ctrl-C saves OUT/model and no checkpoint")
+        say("extras/ is missing: no description of the run, no pictures; processors and data are not looked at before "
+            "training; Ctrl-C saves OUT/model and no checkpoint")
     if cfg.report_to:
         run.accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     run.accelerator.wait_for_everyone()

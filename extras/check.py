@@ -16,7 +16,7 @@ import torch
 import data
 from data import DataError, Example, Prompt, Prompts, Task, boxes_in, model_size, open_image, to_pixels
 from extras.report import draw_answer
-from rewards import box_iou
+from rewards import answer_shares, box_iou
 
 CHECKED = 16  # number of examples that --check samples answers for
 PROMPT_LINES = 12  # lines of the first prompt that are printed at the start of a run
@@ -155,7 +155,7 @@ def check_facts(run: Any, chosen: list[Prompt], rollouts: list) -> dict[str, flo
     prompts, task = run.prompts, run.prompts.task
     texts, lengths = [text for ro in rollouts for text in ro.texts], torch.cat([ro.mask.sum(1) for ro in rollouts])
     rewards = torch.cat([ro.rewards for ro in rollouts])
-    facts = data.answer_shares(texts, task.parse)
+    facts = answer_shares(texts, task.parse)
     if not run.cfg.think:
         del facts["empty_think"]
     facts["truncated"] = float(torch.cat([ro.truncated for ro in rollouts]).float().mean())

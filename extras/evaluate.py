@@ -21,9 +21,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import DataError, Example, Prompt, Task, answer_shares, append_rows, map_boxes, open_image, to_pixels, whole
+from data import DataError, Example, Prompt, Task, append_rows, map_boxes, open_image, to_pixels, whole
 from extras.report import draw_record
-from rewards import Box, accuracy_reward, box_iou, published_accuracy
+from rewards import Box, accuracy_reward, answer_shares, box_iou, published_accuracy
 
 # ------------------------------------------------------------------------------------------------
 # One answer.

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 
 import data
 from data import DataError, Example
+from extras import processors
+from extras.readers import exports
 from rewards import box_iou, iou_reward
 
 COCO = data.TASKS["coco"]
@@ -142,8 +144,8 @@ BAD = {  # what is wrong: (change, what the error must name); the first five con
     "aspect over 200": (lambda t: t["images"][2].update(width=9000), r"images\[2\] 3\.png is 9000x40.*200"),
     "no annotations": (lambda t: t.pop("annotations"), "no list 'annotations'"),
     "image without file name": (lambda t: t["images"][1].pop("file_name"), r"images\[1\] has no 'file_name'"),
-    "annotation without box": (lambda t: t["annotations"][2].pop("bbox"), r"annotations\[2\] has no 'bbox'"),
-    "box of three numbers": (annotation(3, bbox=[1, 2, 3]), r"annotations\[3\] has bbox \[1, 2, 3\]"),
+    "annotation without box": (lambda t: t["annotations"][2].pop("bbox"), r"annotations\[2\] of image .* has no \[x, y, width, height\]"),
+    "box of three numbers": (annotation(3, bbox=[1, 2, 3]), r"annotations\[3\] of image .*: bbox \[1, 2, 3\]"),
     "unknown category": (annotation(0, category_id=99), r"annotations\[0\] belongs to category 99"),
     "unknown image": (annotation(0, image_id=99), r"annotations\[0\] belongs to image 99"),
     "category without name": (lambda t: t["categories"][0].pop("name"), r"categories\[0\] has no 'name'"),
@@ -168,7 +170,7 @@ def test_bad_images_can_be_skipped_and_are_counted(coco, name):
 def test_bad_files_are_named(coco):
     with pytest.raises(DataError, match=r"no such folder(.|\n)*annotations/instances_train2017.json"):
         read(coco.root / "nowhere")
-    with pytest.raises(DataError, match="0 files instances_val"):
+    with pytest.raises(DataError, match="no file for validation, only annotations/instances_train2017.json"):
         read(coco.root, "val")
     text = coco.file.read_text()
     coco.file.write_text(text[: len(text) // 2])
@@ -179,7 +181,7 @@ def test_bad_files_are_named(coco):
         read(coco.root)
     coco.file.write_text(text)
     coco.images.rename(coco.root / "elsewhere")
-    with pytest.raises(DataError, match="no folder train2017 or images"):
+    with pytest.raises(DataError, match="none of its images is in .*annotations"):
         read(coco.root)
 
 
@@ -247,9 +249,9 @@ def clip(**settings):
 
 def test_a_center_crop_is_found_and_becomes_a_squash():
     processor = clip()
-    assert data.lost_borders(processor) == ["left", "right"]
+    assert processors.lost_borders(processor) == ["left", "right"]
     data.show_whole_images(processor, 401408)
-    assert data.lost_borders(processor) == [] and data.seen_size(processor, (640, 427)) == (224, 224)
+    assert processors.lost_borders(processor) == [] and data.seen_size(processor, (640, 427)) == (224, 224)
 
 
 def test_any_lost_border_is_found():
@@ -258,11 +260,11 @@ def test_any_lost_border_is_found():
         def cutting(images, box=box, **settings):
             return siglip(336)(images=[image.crop(box) for image in images], **settings)
 
-        assert data.lost_borders(cutting) == [side]
+        assert processors.lost_borders(cutting) == [side]
     for whole in (siglip(28), siglip(112), siglip(980)):
-        assert data.lost_borders(whole) == []
+        assert processors.lost_borders(whole) == []
     with pytest.raises(DataError, match="returns flattened_patches, not pixel_values: it is not supported"):
-        data.lost_borders(lambda images, **settings: {"flattened_patches": []})
+        processors.lost_borders(lambda images, **settings: {"flattened_patches": []})
 
 
 @pytest.mark.parametrize("most, bounds", [(401408, (3136, 401408)), (2000, (2000, 2000)), (10**8, (3136, 10**6))])
@@ -283,7 +285,7 @@ def test_the_smallest_images_are_whole():
     for most in (3136, 6272, 12544):
         processor = Qwen2VLImageProcessorPil()
         data.show_whole_images(processor, most)
-        assert data.lost_borders(processor) == []
+        assert processors.lost_borders(processor) == []
 
 
 def test_padding_that_a_model_sees_is_found():
@@ -357,7 +359,7 @@ def test_qwen2_5_vl_coordinates_are_pixels_of_what_the_processor_passes_on(size,
 
     settings = json.loads((SHARED / "qwen2_5_vl_processor" / "preprocessor_config.json").read_text())
     processor = Qwen2VLImageProcessorPil(**{k: v for k, v in settings.items() if not k.endswith(("type", "class"))})
-    assert data.lost_borders(processor) == [] and data.show_whole_images(processor, 401408) == []
+    assert processors.lost_borders(processor) == [] and data.show_whole_images(processor, 401408) == []
     family = json.loads((SHARED / "qwen2_5_vl_processor" / "config.json").read_text())["model_type"]
     width, height = size
     box = (width // 4, height // 3, max(width // 4 + 1, 3 * width // 4), max(height // 3 + 1, 7 * height // 8))
@@ -454,9 +456,11 @@ def test_released_rows_that_do_not_fit_are_shown_and_can_be_skipped(released, ch
 def test_a_table_without_the_split_says_what_it_has(released):
     source = released()
     if Path(source).is_file():
-        assert any("has no splits: all its rows are evaluated" in note for note in rows(source, split="val")[1])
+        assert len(rows(source, split="val")[0]) == len(rows(source)[0])
+        with pytest.raises(DataError, match="has no splits and is trained on: --eval_data names what to evaluate"):
+            rows(source, split="val", one_split=False)
     else:
-        with pytest.raises(DataError, match="no split val or validation or test. It has train.*--eval_data"):
+        with pytest.raises(DataError, match="no split val or valid or validation or test. It has train.*--eval_data"):
             rows(source, split="val")
 
 
@@ -468,7 +472,9 @@ def test_a_hub_name_is_read_as_a_table_is(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"laolao77/ViRFT_COCO": table}[name])
     (example,), _ = rows(COCO.hub_data)
     assert example.id == "laolao77/ViRFT_COCO/0" and example.solution == ((20, 20, 100, 80),)
-    assert not data.is_table("rows.jsonl") and not data.is_table("a/b/c") and not data.is_table(".")
+    for source in ("rows.jsonl", "a/b/c", "a/rows.jsonl", "pictures.zip"):
+        with pytest.raises(DataError, match="no such file or folder"):
+            exports.reader_of(COCO, source)
 
 
 def test_tables_of_several_images_and_of_classes(tmp_path):
@@ -533,7 +539,7 @@ BAD_ROWS = {  # what is wrong: (task, changes of the second row, what the error 
     "no image": ("coco", {"image": "remove"}, "line 2: one of image, image_path and images expected"),
     "two images": ("coco", {"image_path": "b.png"}, "line 2: one of image, image_path and images expected"),
     "image not there": ("coco", {"image": "c.png"}, r"line 2: .*c\.png: no such image"),
-    "images not files": ("coco", {"image": "remove", "images": [1]}, "line 2: one of image, image_path and images"),
+    "images not files": ("coco", {"image": "remove", "images": [1]}, "line 2: an image is the name of a file, found .1."),
     "two boxes": ("lisa", {"solution": [[1, 2, 3, 4]] * 2}, r"line 2: solution .*expected <answer>\(x1,y1\)"),
     "no class": ("cars", {"solution": ["", "a"]}, "line 2: solution .*expected a class name"),
     "not a row": ("coco", None, r"line 2: A row has image.*the row is \[1\]"),

@@ -18,7 +18,7 @@ import data
 from conftest import shared
 from data import TASKS, DataError, Example
 from extras import check, evaluate, report
-from rewards import REWARDS
+from rewards import REWARDS, answer_shares
 
 COCO = TASKS["coco"]
 
@@ -225,7 +225,7 @@ def test_shares():
         "no",
         "<think></think><answer>x</answer>",
     ]
-    assert data.answer_shares(texts, COCO.parse) == {"parsed": 0.5, "no_objects": 0.5, "empty_think": 0.5}
+    assert answer_shares(texts, COCO.parse) == {"parsed": 0.5, "no_objects": 0.5, "empty_think": 0.5}
 
 
 def test_files(tmp_path):

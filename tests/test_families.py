@@ -22,7 +22,7 @@ import data
 import families
 import virft
 from conftest import SHARED, shared
-from extras import check, hub
+from extras import check, hub, processors
 from families import FAMILIES, alone, batch, gradients, prompts, scored
 
 FORBIDDEN = torch.tensor([5, 17, *range(families.WORDS, families.TEXT["vocab_size"])])  # with all placeholders
@@ -333,7 +333,7 @@ def test_real_image_processors_show_whole_images(name):
     family, settings, size = IMAGE_PROCESSORS[name]
     processor = getattr(transformers, f"{family}ImageProcessorPil")(**settings)
     data.show_whole_images(processor, 401408)
-    assert data.lost_borders(processor) == []
+    assert processors.lost_borders(processor) == []
     if size:
         assert data.seen_size(processor, (640, 427)) == size
     else:

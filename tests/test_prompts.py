@@ -15,6 +15,7 @@ import mia_dpo
 import virft
 from data import TASKS, DataError, Example, Prompts
 from demo.warm_start import make_tokenizer
+from extras import processors
 
 ANSWER = "<answer>3</answer>"
 TEMPLATE = (
@@ -103,12 +104,12 @@ def test_options_reach_the_template_and_change_the_prompt(llava_dir, tmp_path):
 
 
 def test_options_are_json_or_strings():
-    found = data.options("x", ["a=false", "b=2", 'c={"longest_edge": 5}', "d=words = words", "e=False", "f=falsehood"])
+    found = processors.options("x", ["a=false", "b=2", 'c={"longest_edge": 5}', "d=words = words", "e=False", "f=falsehood"])
     assert found == {
         "a": False, "b": 2, "c": {"longest_edge": 5}, "d": "words = words", "e": False, "f": "falsehood",
     }  # fmt: skip
-    with pytest.raises(DataError, match="^--processor_options a: must be NAME=VALUE$"):
-        data.options("processor_options", ["a"])
+    with pytest.raises(DataError, match="^--processor_options a: must be NAME=VALUE, each name once$"):
+        processors.options("processor_options", ["a"])
 
 
 def test_processor_options_are_set_saved_and_refused_by_name(llava_dir, rows, tmp_path, signals):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from data import Choice, DataError, Example, Found, coco_file, refuse
+from data import COCO_LAYOUT, Choice, DataError, Example, Found, annotation_file, image_paths, read_table, refuse
 
 CAPTION_FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "caption")}
 
@@ -11,7 +11,10 @@ CAPTION_FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "ca
 def read_captions(data: str, split: str, choice: Choice) -> Found:
     """Read the captions_<split>*.json of a folder of data.COCO_LAYOUT: the first caption of each image, as text."""
     refuse(choice, "captions have no categories", "categories", "shots", "negatives", "eval_categories")
-    file, table, paths = coco_file(Path(data), "captions", split, CAPTION_FIELDS)
+    if not (file := annotation_file(Path(data), f"captions_{split}*.json")):
+        raise DataError(f"{data}: no file captions_{split}*.json, or no folder. {COCO_LAYOUT}")
+    table = read_table(file, CAPTION_FIELDS)
+    paths = image_paths(file, table["images"])
     path_of = {record["id"]: path for record, path in zip(table["images"], paths)}
     first: dict[Any, str] = {}
     for row, record in enumerate(table["annotations"]):

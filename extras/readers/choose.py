@@ -1,7 +1,8 @@
 """Choose what is asked of a dataset: --shots, --negatives and --eval_categories, and which split is read."""
 
 import random
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
+from pathlib import Path
 from typing import Any
 
 from data import Choice, DataError, refuse
@@ -11,11 +12,18 @@ Pair = tuple[Any, str]  # (image id, category): one example
 
 def pick_split(where: object, split: str, there: Container[str], hint: str) -> str:
     """Return the name that a split has among those in `there`; training never sees val or test."""
-    names = {"train": ("train",), "val": ("val", "validation", "test")}[split]
+    names = {"train": ("train",), "val": ("val", "valid", "validation", "test")}[split]
     for name in names:
         if name in there:
             return name
     raise DataError(f"{where}: no split {' or '.join(names)}. {hint}")
+
+
+def whole_file(file: Path, split: str, choice: Choice) -> Path:
+    """Return a file without splits. Raises DataError if it was named for training only and `split` is another."""
+    if split != "train" and not choice.one_split:
+        raise DataError(f"{file} has no splits and is trained on: --eval_data names what to evaluate")
+    return file
 
 
 def take_shots(where: object, images: dict[str, list], choice: Choice, notes: list[str]) -> dict[str, list]:
@@ -38,15 +46,15 @@ def choose_pairs(
     where: object,
     images: Sequence,
     shown: dict[str, list],
-    seen: Container[Pair],
+    seen: Collection[Pair],
     known: Callable[[Any, str, bool], bool],
     choice: Choice,
     notes: list[str],
 ) -> list[Pair]:
     """Return the pairs to ask for, as --shots, --negatives and --eval_categories say.
 
-    images: ids of the images that can be used. shown: {category: the images with a box of it}. seen: pairs with a box
-    or a crowd. known: see data.detection_examples.
+    images: keys of the images that can be used. shown: {category: the images with a box of it}. seen: pairs with a box
+    or a crowd. known: as `verified` of data.detection_examples.
     """
     if choice.eval_categories != "gt":
         return every_pair(images, list(shown), choice)
@@ -56,22 +64,25 @@ def choose_pairs(
         return [name for name in unseen if known(image_id, name, False)]
 
     pairs = [(image_id, name) for name, ids in take_shots(where, shown, choice, notes).items() for image_id in ids]
-    return pairs + negative_pairs(pairs, absent, choice, notes)
+    shows_something = {image_id for image_id, _ in seen}
+    # Few-shot training must not see other images.
+    empty = [] if choice.shots else [image_id for image_id in images if image_id not in shows_something]
+    return pairs + negative_pairs(pairs, empty, absent, choice, notes)
 
 
 def negative_pairs(
-    pairs: Sequence[Pair], absent: Callable[[Any], list[str]], choice: Choice, notes: list[str]
+    pairs: Sequence[Pair], empty: Sequence, absent: Callable[[Any], list[str]], choice: Choice, notes: list[str]
 ) -> list[Pair]:
     """Draw pairs whose right answer is `No Objects`: a share of all pairs, at most one per image.
 
-    absent(image id): the categories that the image is known not to show.
+    They come from the images of `pairs` and from `empty`, images without any box. absent(image id): the categories
+    that the image is known not to show.
     """
     if not 0.0 <= choice.negatives < 1.0:
         raise DataError(f"--negatives {choice.negatives}: a share of all examples, at least 0 and below 1")
     count = round(len(pairs) * choice.negatives / (1.0 - choice.negatives))
     rng = random.Random(f"{choice.seed}/negatives")
-    # Few-shot training must not see other images, so negatives come from the images that are already in use.
-    used = sorted({image_id for image_id, _ in pairs}, key=str)
+    used = sorted({image_id for image_id, _ in pairs} | set(empty), key=str)
     rng.shuffle(used)
     found = []
     for image_id in used:

@@ -1,7 +1,6 @@
 """Read images with class names: a labels file, the lists of the published datasets, or class folders."""
 
-import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -14,25 +13,25 @@ from data import (
     DataError,
     Example,
     Found,
+    ImageSource,
     class_of,
-    class_solution,
-    file_lines,
-    file_rows,
     leave_out,
     names_in,
-    read_text,
     refuse,
     wanted_categories,
 )
 from extras.readers.choose import pick_split, take_shots
+from extras.readers.rows import class_solution, column, file_lines, file_rows
 
 CLASS_LAYOUT = """Images with class names are read from the first of these that is there:
-  DIR/labels.csv, .json or .jsonl     rows with file (within DIR), class_name and split (train, val or test)
+  DIR/labels.csv, .json or .jsonl     rows with file (within DIR), class_name and split (train, val or test);
+                                      without split, all rows are for training
   DIR/annotations/trainval.txt        Oxford-IIIT Pet as published (task pets), with test.txt and DIR/images/
   DIR/data/images_variant_...txt      FGVC-Aircraft as published (task aircraft), with DIR/data/images/
   DIR/train/CLASS/*.jpg               class folders, with DIR/val/CLASS/ or DIR/test/CLASS/"""
 
-Labeled = tuple[str, Path, Any]  # (place of the label, for errors; the image; its class name or all accepted names)
+# (place of the label, for errors; the image, or what is wrong with it; its class name or all accepted names)
+Labeled = tuple[str, ImageSource | DataError, Any]
 
 
 def read_classes(
@@ -42,17 +41,25 @@ def read_classes(
 
     published: reads the lists that came with a dataset, and returns an empty list if they are missing.
     """
-    refuse(choice, "a question about the class names no category", "negatives", "eval_categories")
-    root = Path(data)
+    root, notes = Path(data), []
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. {CLASS_LAYOUT}")
-    labeled = labels_file(root, split) or (published and published(root, split)) or class_folders(root, split)
+    labeled = labels_file(root, split) or (published and published(root, split)) or class_folders(root, split, notes)
+    examples, more = class_examples(root, labeled, split, choice)
+    return examples, notes + more
+
+
+def class_examples(root: Path, labeled: list[Labeled], split: str, choice: Choice) -> Found:
+    """Make an example of each labeled image; root: of their paths, which are the examples' ids."""
+    refuse(choice, "a question about the class names no category", "negatives", "eval_categories")
     notes: list[str] = []
     images, flaws, listed = defaultdict(list), [], cache(names_in)
     for number, (where, path, name) in enumerate(labeled):
         try:
+            if isinstance(path, DataError):
+                raise path
             solution = class_solution(name)
-            if path.name not in listed(path.parent):
+            if isinstance(path, Path) and path.name not in listed(path.parent):
                 raise DataError(f"{path}: no such image")
         except DataError as error:
             flaws.append(f"{where}: {error}")
@@ -76,19 +83,14 @@ def labels_file(root: Path, split: str) -> list[Labeled]:
     files = [root / name for name in ("labels.csv", "labels.json", "labels.jsonl") if (root / name).is_file()]
     if not files:
         return []
-    rows = csv_rows(files[0]) if files[0].suffix == ".csv" else file_rows(files[0])
+    rows = file_rows(files[0])
     for where, row in rows:
-        if not isinstance(row, dict) or not all(row.get(key) for key in ("file", "class_name", "split")):
-            raise DataError(f"{where}: file, class_name and split expected, found {str(row)[:200]}")
-    there = {row["split"] for _, row in rows}
-    name = pick_split(files[0], split, there, f"Its rows have split {', '.join(sorted(there))}")
-    return [(where, root / row["file"], row["class_name"]) for where, row in rows if row["split"] == name]
-
-
-def csv_rows(file: Path) -> list[tuple[str, dict]]:
-    """Return the (place, row) of every row of a .csv file with a header."""
-    reader = csv.DictReader(read_text(file).splitlines())
-    return [(f"{file}: line {reader.line_num}", row) for row in reader]
+        if not isinstance(row, dict) or not isinstance(column(row, "images"), str):
+            raise DataError(f"{where}: file and class_name expected, and split if it has more than one; found {row}")
+    there = {str(column(row, "split") or "train") for _, row in rows}
+    name = pick_split(files[0], split, there, f"Its rows have split {', '.join(sorted(there))}; see --eval_data")
+    chosen = [(where, row) for where, row in rows if (column(row, "split") or "train") == name]
+    return [(where, root / column(row, "images"), column(row, "class")) for where, row in chosen]
 
 
 def pets_lists(root: Path, split: str) -> list[Labeled]:
@@ -110,17 +112,17 @@ def aircraft_lists(root: Path, split: str) -> list[Labeled]:
     return [(where, file.parent / "images" / f"{image}.jpg", name) for where, image, _, name in split_lines]
 
 
-def class_folders(root: Path, split: str) -> list[Labeled]:
-    """List the images in the class folders of a split."""
+def class_folders(root: Path, split: str, notes: list[str]) -> list[Labeled]:
+    """List the images in the class folders of a split; note how many files cannot be opened as images."""
     folder = root / pick_split(root, split, names_in(root), CLASS_LAYOUT)
+    kinds = [kind for kind in sorted(folder.iterdir()) if kind.is_dir() and not kind.name.startswith(".")]
+    files = [(kind, path) for kind in kinds for path in sorted(kind.iterdir()) if not path.name.startswith(".")]
     endings = Image.registered_extensions()
-    return [
-        (f"class folder {kind}", path, kind.name)
-        for kind in sorted(folder.iterdir())
-        if kind.is_dir()
-        for path in sorted(kind.iterdir())
-        if path.suffix.lower() in endings
-    ]
+    if others := Counter(path.suffix.lower() for _, path in files if path.suffix.lower() not in endings):
+        heif = "; pip install pillow-heif, and convert them" if others.keys() & {".heic", ".heif"} else ""
+        counts = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in others.items())
+        notes.append(f"{folder}: files that are no images for Pillow are left out: {counts}{heif}")
+    return [(f"class folder {kind}", path, kind.name) for kind, path in files if path.suffix.lower() in endings]
 
 
 read_pets = partial(read_classes, published=pets_lists)

@@ -2,9 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data import DETECTION_FIELDS, Choice, Found, annotation_file, detection_examples, first_folder, plain_name
+from data import (
+    DETECTION_FIELDS,
+    Choice,
+    DataError,
+    Found,
+    annotation_file,
+    detection_examples,
+    id_key,
+    plain_name,
+    read_table,
+)
 
 LVIS_LAYOUT = """An LVIS folder (v0.5 or v1) looks like this; its images are COCO's:
   DIR/annotations/lvis_v1_train.json          (or directly in DIR)
@@ -13,7 +22,7 @@ LVIS_LAYOUT = """An LVIS folder (v0.5 or v1) looks like this; its images are COC
   DIR/val2017/000000000139.jpg ..."""
 
 # v0.5 names files as COCO did in 2014 and v1 does not name them; the address is in both.
-LVIS_FIELDS = DETECTION_FIELDS | {"images": ("id", "width", "height", "coco_url")}
+LVIS_FIELDS = DETECTION_FIELDS | {"images": ("id", "coco_url")}
 
 
 def read_lvis(data: str, split: str, choice: Choice) -> Found:
@@ -23,18 +32,22 @@ def read_lvis(data: str, split: str, choice: Choice) -> Found:
     Categories in `not_exhaustive_category_ids`, or not checked in an image, do not count as `exhaustive`.
     """
     root = Path(data)
-    file, table = annotation_file(root, f"lvis*_{split}*.json", LVIS_FIELDS, LVIS_LAYOUT)
+    if not (file := root if root.is_file() else annotation_file(root, f"lvis*_{split}*.json")):
+        raise DataError(f"{root}: no file lvis*_{split}*.json, or no folder. {LVIS_LAYOUT}")
+    table = read_table(file, LVIS_FIELDS)
     for record in table["categories"]:
         record["name"] = plain_name(record["name"])
     name_of = {record["id"]: record["name"] for record in table["categories"]}
-    verified = {r["id"]: Verified.of(r, name_of) for r in table["images"] if "neg_category_ids" in r}
+    checked = {id_key(r["id"]): Verified.of(r, name_of) for r in table["images"] if "neg_category_ids" in r}
 
-    def known(image_id: Any, name: str, shown: bool) -> bool:
-        return image_id not in verified or verified[image_id].known(name, shown)
+    def verified(key: str, name: str, shown: bool) -> bool:
+        return key not in checked or checked[key].known(name, shown)
 
-    base = first_folder(root, ("train2017", "val2017", "images/train2017", "images/val2017"), LVIS_LAYOUT).parent
+    places = [folder / part for folder in (file.parent, file.parent.parent) for part in ("", "images")]
+    if not (base := next((p for p in places if (p / "train2017").is_dir() or (p / "val2017").is_dir()), None)):
+        raise DataError(f"{root}: no folder train2017 or val2017. {LVIS_LAYOUT}")
     paths = [base.joinpath(*record["coco_url"].split("/")[-2:]) for record in table["images"]]
-    return detection_examples((file, table, paths), split, choice, known)
+    return detection_examples((file, table, paths), split, choice, verified)
 
 
 @dataclass(frozen=True)

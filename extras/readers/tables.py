@@ -32,8 +32,22 @@ class CellImage:
         return io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell)
 
 
+def with_names(feature: Any, value: Any) -> Any:
+    """Replace the numbers of a ClassLabel by its names, also within lists and records; -1, no label, by None."""
+    if isinstance(feature, datasets.ClassLabel):
+        return None if value is None or value < 0 else feature.int2str(value)
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {name: with_names(feature[name], part) for name, part in value.items()}
+    if isinstance(value, list) and (inner := getattr(feature, "feature", None)) is not None:
+        return [with_names(inner, part) for part in value]
+    return value
+
+
 def table_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
-    """Yield the (place, row) of every row of a table that data.is_table accepts; images become CellImages."""
+    """Yield the (place, row) of every row of a table; images become CellImages, numbers of classes their names.
+
+    source: a parquet file, a save_to_disk folder, a folder of images with metadata files, or a dataset on the hub.
+    """
     path = Path(source)
     if path.is_file():
         table = datasets.load_dataset("parquet", data_files=source, split="train")
@@ -50,7 +64,8 @@ def table_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
     for number in range(len(table)):
-        where, row = f"{source}: row {number}", table[number]
+        where = f"{source}: row {number}"
+        row = {name: with_names(table.features[name], value) for name, value in table[number].items()}
         for column in row.keys() & {"image", "images"}:
             cells = row[column] if isinstance(row[column], list) else [row[column]]
             row[column] = [

@@ -1,0 +1,66 @@
+"""Look at what an image processor shows the model, before training, and change its settings: --processor_options."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from data import PLAIN, DataError
+
+# Model types whose processors pad images to a canvas (read in their code, some of them measured).
+PADDED = ("mllama", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_ocr2", "janus", "aria", "glm5_next", "kimi_k25")
+BORDERS = {"left": 200, "right": 225, "top": 250, "bottom": 175}  # gray levels
+
+
+def lost_borders(images: Any) -> list[str]:
+    """Return the borders that an image processor cuts off: those whose gray level is not in what it returns.
+
+    Each border is a tenth of a side, which resizing to 56 x 28 pixels still shows. A narrower cut is not found.
+    """
+    picture = Image.new("L", (640, 430), 100)
+    boxes = ((0, 43, 64, 387), (576, 43, 640, 387), (0, 0, 640, 43), (0, 387, 640, 430))
+    for box, level in zip(boxes, BORDERS.values()):
+        picture.paste(level, box)
+    seen = images(images=[picture.convert("RGB")], **PLAIN)
+    if "pixel_values" not in seen:
+        raise DataError(f"{type(images).__name__} returns {', '.join(seen)}, not pixel_values: it is not supported")
+    pixels = seen["pixel_values"].float()
+    # A border covers 8 or 10% of the picture; edges of another one, which resizing blurs, have some of its level too.
+    return [name for name, level in BORDERS.items() if ((pixels - level).abs() < 9).float().mean() < 0.01]
+
+
+def inspect(images: Any, model_type: str) -> list[str]:
+    """Return notes on what an image processor does to images. SystemExit if it cuts off a border."""
+    if lost := lost_borders(images):
+        raise SystemExit(f"{type(images).__name__} cuts off the {', '.join(lost)} of images: boxes would be displaced")
+    if model_type in PADDED:
+        return [f"{model_type} shows images on a padded canvas: its own 0..1000 may refer to that; see --check"]
+    return []
+
+
+def configure(images: Any, pairs: Sequence[str]) -> None:
+    """Set the NAME=VALUE pairs of --processor_options on an image processor, which must have such settings."""
+    for name, value in options("processor_options", pairs).items():
+        if not hasattr(images, name) or callable(getattr(images, name)):
+            raise SystemExit(f"--processor_options {name}: {type(images).__name__} has no such setting")
+        if name == "size" and not isinstance(value, dict):
+            raise SystemExit(f'--processor_options size={value}: must be like {{"height": 336, "width": 336}}')
+        setattr(images, name, value)
+
+
+def options(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE pairs; a value is JSON (false, 2, {...}), Python's True, False or None, or else a string.
+
+    Raises DataError for another form, and for a name that is given twice.
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals) or name in found:
+            raise DataError(f"--{flag} {pair}: must be NAME=VALUE, each name once")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return found

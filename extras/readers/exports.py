@@ -1,0 +1,132 @@
+"""Recognize what --data is, find the COCO file in the export of an annotation tool, and look at images' headers."""
+
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from data import (
+    COCO_LAYOUT,
+    Choice,
+    DataError,
+    Example,
+    Found,
+    Task,
+    few,
+    image_size,
+    leave_out,
+)
+from extras.readers.choose import whole_file
+from extras.readers.rows import ROW_LAYOUT, read_rows
+
+SPLITS = {"train": (("train", "training"),), "val": (("val", "valid", "validation"), ("test", "testing"))}
+SPLIT_WORDS = {word for groups in SPLITS.values() for group in groups for word in group}
+TABLE_SIGNS = (
+    "dataset_info.json", "dataset_dict.json", "*.parquet", "*/*.parquet",
+    "metadata.jsonl", "metadata.csv", "*/metadata.jsonl", "*/metadata.csv",
+)  # fmt: skip
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+MATLAB = ".mat files are MATLAB's: docs/tasks.md has a line that writes a labels.csv from those of Flowers-102 and Cars"
+
+
+def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
+    """Return the reader (source, split, choice) for what `source` is. Raises DataError, saying what to do instead."""
+    path, rows = Path(source), partial(read_rows, task)
+    kind = path.suffix.lower()
+    if path.is_dir():
+        if any(any(path.glob(sign)) for sign in TABLE_SIGNS):
+            return rows
+        if task.read is None:
+            raise DataError(f"--data {source}: --task {task.name} reads rows, from {', '.join(FILES)}. {ROW_LAYOUT}")
+        return task.read
+    if not path.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and kind not in (*FILES, *ARCHIVES):
+            return rows  # of a dataset on the hub
+        raise DataError(f"{source}: no such file or folder")
+    if kind in ARCHIVES:
+        raise DataError(f"{source}: an archive; unpack it and give the folder")
+    if kind == ".json" and is_coco(path) and task.read is not None:
+        return task.read
+    if kind in FILES:
+        return rows
+    read = f"Folders are read, and {', '.join(FILES)}"
+    raise DataError(f"{source}: not read as data. {MATLAB if kind == '.mat' else foreign(path) or read}")
+
+
+def coco_export(source: Path, split: str, choice: Choice) -> Path:
+    """Return the COCO file that --data names, or the one of a split in a folder as it was exported and unpacked.
+
+    A file belongs to a split if its path within the folder has a word such as `train` or `valid`. A file without such
+    a word is one split: for training, or for what it is named for. Raises DataError if there is no file, or several.
+    """
+    if source.is_file():
+        return whole_file(source, split, choice)
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder. {COCO_LAYOUT}")
+    files = islice((file for depth in ("", "*/", "*/*/") for file in sorted(source.glob(f"{depth}*.json"))), 100)
+    found = [(file, words_of(file.relative_to(source))) for file in files if is_coco(file)]
+    groups = [[file for file, words in found if words & set(group)] for group in SPLITS[split]]
+    if split == "train" or choice.one_split:
+        groups.append([file for file, words in found if not words & SPLIT_WORDS])
+    chosen = next((group for group in groups if group), [])
+    if len(chosen) == 1:
+        return chosen[0]
+    there = few([str(file.relative_to(source)) for file, _ in found])
+    if chosen:
+        raise DataError(f"{source}: several COCO files for {split} ({there}): --data may name one itself")
+    if found and split == "val":
+        raise DataError(f"{source}: no file for validation, only {there}: --eval_data names what to evaluate")
+    only = f", only {there}" if found else ""
+    raise DataError(f"{source}: no COCO file for {split}{only}. {not found and foreign(source) or COCO_LAYOUT}")
+
+
+def words_of(path: Path) -> set[str]:
+    return set(re.findall("[a-z]+", str(path).lower()))
+
+
+def is_coco(file: Path) -> bool:
+    """Return whether a file has the lists of COCO's annotations, without parsing it."""
+    if file.name.startswith("."):
+        return False
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return all(f'"{part}"' in text for part in ("images", "annotations", "categories", "bbox"))
+
+
+# What marks a folder, or the ending of a file -> the tool, and what `globox convert` is told.
+FOREIGN = {
+    "annotations.xml": ("CVAT's XML", "DIR/annotations.xml DIR/train.json -f cvat"),
+    "**/*.xml": ("Pascal VOC", "DIR/Annotations DIR/train.json -f pascalvoc"),
+    "data.yaml": ("YOLO", "DIR/labels DIR/train.json -f yolov5 -d DIR/images -m NAMES.txt"),
+    "labels/**/*.txt": ("YOLO", "DIR/labels DIR/train.json -f yolov5 -d DIR/images -m NAMES.txt"),
+    "**/*.json": ("LabelMe", "DIR DIR/train.json -f labelme"),
+}
+
+
+def foreign(path: Path) -> str:
+    """Say how to convert the annotations of another tool in a folder or file; empty if none is recognized."""
+    for sign, (tool, told) in FOREIGN.items():
+        ending = "." + sign.rpartition(".")[2]
+        if next(path.glob(sign), None) if path.is_dir() else path.suffix.lower() == ending:
+            command = f"globox convert {told} -F coco --coco_auto_ids"
+            return f"This looks like {tool}. pip install globox, and for each split: {command}"
+    return ""
+
+
+def whole_images(examples: list[Example], choice: Choice, notes: list[str], most: int = 2000) -> list[Example]:
+    """Read the headers of at most `most` image files, drawn by seed; return the examples whose images are whole.
+
+    The others are read when they come. Raises DataError for a bad one, unless --skip_bad_images leaves it out.
+    """
+    sizes = {image: e.size for e in reversed(examples) for image in e.images[::-1] if isinstance(image, Path)}
+    names = sorted(sizes)
+    flaws = {}
+    for image in random.Random(choice.seed).sample(names, min(most, len(names))):
+        try:
+            size = image_size(image)
+        except DataError as error:
+            flaws[image] = str(error)
+    leave_out("images", list(flaws.values()), choice, notes)
+    return [e for e in examples if not flaws.keys() & set(e.images)]
