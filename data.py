@@ -195,11 +195,12 @@ def open_image(source: ImageSource, expected_size: Size | None = None) -> Image.
     that size are decoded at a fraction of it. Gray levels of more than 8 bits are stretched to their range.
     """
     with opened(source) as file:
-        full = upright_size(file)
+        width, height = upright_size(source, file, expected_size)
+        if width * height > MOST_PIXELS:
+            shrink = 2 ** math.ceil(math.log(width * height / MOST_PIXELS, 4))
+            file.draft("RGB", (file.width // shrink, file.height // shrink))
         if math.prod(file.size) > MOST_PIXELS:
-            file.draft("RGB", (4096, 4096))
-        if math.prod(file.size) > MOST_PIXELS:
-            raise DataError(f"{source}: the image is {full[0]}x{full[1]}, above {MOST_PIXELS:,} pixels: make it smaller")
+            raise DataError(f"{source}: the image is {width}x{height}, above {MOST_PIXELS:,} pixels: make it smaller")
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):  # converting these would clip them to 0..255
             low, high = image.getextrema()
@@ -208,27 +209,27 @@ def open_image(source: ImageSource, expected_size: Size | None = None) -> Image.
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    width, height = full
-    if max(full) > MAX_ASPECT * min(full):
+        return image.convert("RGB")
+
+
+def image_size(source: ImageSource, expected_size: Size | None = None) -> Size:
+    """Read the (width, height) of the upright image from the file's header. Raises DataError as open_image does."""
+    with opened(source) as image:
+        return upright_size(source, image, expected_size)
+
+
+def upright_size(source: ImageSource, image: Image.Image, expected_size: Size | None) -> Size:
+    """Return the (width, height) of an open image once its EXIF tag has turned it. Raises DataError as open_image does."""
+    sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
+    width, height = size = image.size[::-1] if sideways else image.size
+    if max(size) > MAX_ASPECT * min(size):
         raise DataError(f"{source}: the image is {width}x{height}, an aspect ratio above {MAX_ASPECT}")
-    if expected_size and full != tuple(expected_size):
+    if expected_size and size != tuple(expected_size):
         raise DataError(
             f"{source}: the image is {width}x{height} once upright, its annotation says "
             f"{expected_size[0]}x{expected_size[1]}: the boxes would not fit it"
         )
-    return image
-
-
-def image_size(source: ImageSource) -> Size:
-    """Read the (width, height) of the upright image from the file's header. Raises DataError as open_image does."""
-    with opened(source) as image:
-        return upright_size(image)
-
-
-def upright_size(image: Image.Image) -> Size:
-    """Return the (width, height) of an open image once its EXIF tag has turned it: orientations 5 to 8 swap them."""
-    return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
+    return size
 
 
 # ------------------------------------------------------------------------------------------------
@@ -368,7 +369,8 @@ def read_json(file: Path, encoding: str = "UTF-8-SIG") -> Any:
         return json.loads(read_text(file, encoding))
     except json.JSONDecodeError as error:
         place = f"{file}: line {error.lineno}, column {error.colno}"
-        raise DataError(f"{place}: not JSON ({error.msg}); is the file cut off?") from None
+        why = "one row a line belongs in a .jsonl file" if error.msg == "Extra data" else "is the file cut off?"
+        raise DataError(f"{place}: not JSON ({error.msg}); {why}") from None
 
 
 def append_rows(file: Path, rows: Sequence[dict]) -> None:
@@ -472,7 +474,7 @@ def detection_examples(
     file, table, paths = annotations
     notes: list[str] = []
     known = verified or (lambda key, name, shown: True)
-    ids, name_of = category_names(file, table["categories"])
+    ids, name_of = category_names(file, table["categories"], {id_key(a["category_id"]) for a in table["annotations"]})
     images, flaws = annotated_images(file, table["images"], paths)
     boxes, crowds = annotated_boxes(file, table["annotations"], images, name_of, flaws)
     if crowds and not boxes:  # CVAT writes iscrowd 1 for every mask
@@ -480,8 +482,9 @@ def detection_examples(
         boxes, crowds = crowds, boxes
     seen = boxes.keys() | crowds.keys()
     with_boxes, counts = {key for key, _ in seen}, [sum(map(len, b.values())) for b in (boxes, crowds)]
+    folder = f" in {paths[0].parent}" if paths and isinstance(paths[0], Path) else ""
     notes.append(
-        f"{file}: {len(images)} images, {counts[0]} boxes, {counts[1]} crowd regions, "
+        f"{file}: {len(images)} images{folder}, {counts[0]} boxes, {counts[1]} crowd regions, "
         f"{len(images) - len(with_boxes)} images without either"
     )
     leave_out(file, list(flaws.values()), choice, notes)
@@ -513,14 +516,19 @@ def id_key(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def category_names(file: Path, rows: list) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return {name: id} and {id_key: name} of a file's categories. Raises DataError if two share an id or a name."""
+def category_names(file: Path, rows: list, used: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return {name: id} and {id_key: name} of a file's categories; used: the id_keys that annotations have.
+
+    Raises DataError if two used ones share an id or a name. Roboflow's root often has the name of the only class.
+    """
     ids: dict[str, Any] = {}
     names: dict[str, str] = {}
-    for row, record in enumerate(rows):
+    for record in sorted(rows, key=lambda record: id_key(record["id"]) not in used):
         name, key = str(record["name"]), id_key(record["id"])
         if name in ids or key in names:
-            raise DataError(f"{file}: categories[{row}] shares its id or name with an earlier one: {record}")
+            if key in used:
+                raise DataError(f"{file}: two categories share an id or a name, one of them {record}")
+            continue
         ids[name], names[key] = record["id"], name
     return ids, names
 
@@ -547,8 +555,8 @@ def annotated_images(file: Path, rows: list, paths: Sequence[ImageSource]) -> tu
 
 def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: dict) -> tuple[dict, dict]:
     """Return {(id_key of an image, category): boxes} of targets and of crowds; adds what is wrong to `flaws`."""
-    boxes, crowds, corners, largest = defaultdict(list), defaultdict(list), 0, 0.0
-    broken = set(flaws)
+    boxes, crowds, broken = defaultdict(list), defaultdict(list), set(flaws)
+    tried, corners, largest = 0, 0, 0.0
     for row, record in enumerate(rows):
         key, category, bbox = id_key(record["image_id"]), id_key(record["category_id"]), record.get("bbox")
         where = f"{file}: annotations[{row}]"
@@ -557,7 +565,7 @@ def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: 
             raise DataError(f"{where} belongs to {missing}, which the file does not list")
         if key in broken:  # its size may be missing
             continue
-        width, height = images[key][1]
+        (width, height), tried = images[key][1], tried + 1
         try:
             x, y, w, h = map(float, bbox)
             corners += x < w <= width + 1 and y < h <= height + 1
@@ -568,7 +576,7 @@ def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: 
             flaws.setdefault(key, f"{where} of image {key} ({width}x{height}) {why}: bbox {bbox}")
             continue
         (crowds if str(record.get("iscrowd")) in ("1", "True") else boxes)[key, name_of[category]].append(box)
-    if len(flaws) > len(broken) and corners == len(rows):
+    if len(flaws) > len(broken) and corners == tried:
         raise DataError(f"{next(f for k, f in flaws.items() if k not in broken)}. All look like [x1, y1, x2, y2]")
     if 0 < largest <= 1:
         raise DataError(f"{file}: every bbox lies in 0..1; [x, y, width, height] in pixels expected")

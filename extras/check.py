@@ -5,6 +5,7 @@ import random
 import re
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import data
 from data import DataError, Example, Prompt, Prompts, Task, boxes_in, model_size, open_image, to_pixels
 from extras.report import draw_answer
-from rewards import answer_shares, box_iou
+from rewards import REWARDS, answer_shares, box_iou
 
 CHECKED = 16  # number of examples that --check samples answers for
 PROMPT_LINES = 12  # lines of the first prompt that are printed at the start of a run
@@ -46,7 +47,7 @@ def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[s
     changed = [f"--{name} {value}" for name, value in settings.items() if value != getattr(default, name)]
     lines = [f"settings other than the defaults: {' '.join(changed)}"]
     if run.optimizer:
-        lines += [describe_steps(run, per_prompt, what), *answers_too_long(run, first)]
+        lines += [describe_steps(run, per_prompt, what), *answers_too_long(run, first), *unearnable(run)]
     if first.opening and not run.prompts.think:
         remedy = "try --template_options enable_thinking=false"
         lines.append(f"the chat template opens <think> and --think is false: {remedy}")
@@ -87,6 +88,41 @@ def answers_too_long(run: Any, first: Prompt) -> list[str]:
     return [
         f"{too_long} of {len(lengths)} examples have an answer that does not fit in --max_completion_tokens {limit} "
         f"(the longest: {max(lengths)} tokens): {remedy}"
+    ]
+
+
+def unearnable(run: Any) -> list[str]:
+    """Report examples whose own right answer earns nothing from a built-in reward, such as boxes that vanish.
+
+    At most 20,000 examples are tried, which takes 3 s, drawn by seed; where coordinates are pixels 256, because the
+    processor is asked for each size.
+    Raises DataError for a solution that such a reward cannot read.
+    """
+    prompts, rewards = run.prompts, {name: run.rewards[name][0] for name in run.rewards or () if name in REWARDS}
+    poor, tiny, every = defaultdict(list), defaultdict(int), prompts.examples
+    most = 256 if prompts.task.boxes and prompts.coordinates == "pixels" else 20_000
+    examples = random.Random(run.cfg.seed).sample(every, min(most, len(every)))
+    for example in examples if rewards else ():
+        frame = prompts.frame(example.size, example.coordinates)
+        target = model_size(example.coordinates or prompts.coordinates, frame)
+        answer = data.model_answer(prompts.task, example, target, prompts.think)
+        solution = data.model_solution(example, target)
+        for name, reward in rewards.items():
+            try:
+                if reward(answer, solution):
+                    continue
+            except Exception as error:
+                kind = type(solution).__name__
+                raise DataError(
+                    f"example {example.id}: the reward {name} cannot read its solution {str(solution)[:100]}, "
+                    f"of type {kind}: {error}"
+                ) from None
+            poor[name].append(example.id)
+            tiny[name] += any(x2 - x1 < 1 or y2 - y1 < 1 for x1, y1, x2, y2 in boxes_in(solution))
+    return [
+        f"{len(ids)} of {len(examples)} examples cannot earn the reward {name} by their own right answer"
+        f"{f' ({tiny[name]} have boxes under one unit)' if tiny[name] else ''}: {data.few(ids)}"
+        for name, ids in poor.items()
     ]
 
 

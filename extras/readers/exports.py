@@ -120,12 +120,12 @@ def whole_images(examples: list[Example], choice: Choice, notes: list[str], most
 
     The others are read when they come. Raises DataError for a bad one, unless --skip_bad_images leaves it out.
     """
-    sizes = {image: e.size for e in reversed(examples) for image in e.images[::-1] if isinstance(image, Path)}
-    names = sorted(sizes)
-    flaws = {}
-    for image in random.Random(choice.seed).sample(names, min(most, len(names))):
+    sizes = {image: None for e in examples for image in e.images if isinstance(image, Path)}
+    sizes |= {e.images[0]: e.size for e in examples if e.images[0] in sizes}
+    flaws: dict[Path, str] = {}
+    for image in random.Random(choice.seed).sample(sorted(sizes), min(most, len(sizes))):
         try:
-            size = image_size(image)
+            image_size(image, sizes[image])
         except DataError as error:
             flaws[image] = str(error)
     leave_out("images", list(flaws.values()), choice, notes)

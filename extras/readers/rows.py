@@ -5,6 +5,7 @@ class name that a table stores as a number (ClassLabel) has become its name befo
 """
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable
@@ -75,10 +76,10 @@ def file_rows(file: Path) -> list[tuple[str, Any]]:
     if file.suffix in (".csv", ".tsv"):
         text = read_text(file)
         try:
-            dialect = csv.Sniffer().sniff(text.partition("\n")[0], delimiters=",;\t|")
+            delimiter = csv.Sniffer().sniff(text.partition("\n")[0], delimiters=",;\t|").delimiter
         except csv.Error:  # a single column
-            dialect = csv.excel
-        reader = csv.DictReader(text.splitlines(), dialect=dialect)
+            delimiter = ","
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
         return [(f"{file}: line {reader.line_num}", row) for row in reader]
     rows = []
     for where, line in file_lines(file):

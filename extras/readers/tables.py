@@ -27,8 +27,6 @@ class CellImage:
     def __call__(self) -> io.BytesIO:
         cell = self.table[self.row][self.column]
         cell = cell[self.number] if isinstance(cell, list) else cell
-        if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
-            return io.BytesIO(Path(cell["path"]).read_bytes())
         return io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell)
 
 
@@ -41,6 +39,13 @@ def with_names(feature: Any, value: Any) -> Any:
     if isinstance(value, list) and (inner := getattr(feature, "feature", None)) is not None:
         return [with_names(inner, part) for part in value]
     return value
+
+
+def path_of(cell: Any) -> str | None:
+    """Return the path of an image that lies beside the table, None if the table holds the image itself."""
+    if isinstance(cell, dict) and cell.get("bytes") is None:
+        return cell.get("path")
+    return cell if isinstance(cell, str) else None
 
 
 def table_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
@@ -58,19 +63,19 @@ def table_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
     if isinstance(table, dict):
         hint = f"It has {', '.join(table)}; for evaluation, --eval_data names other data"
         table = table[pick_split(source, split, table, hint)]
+    pictures = {"image", "images"}  # in parquet files of other tools these are bytes without the type Image
     for column, feature in table.features.items():  # encoded bytes instead of decoded images
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            table = table.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        one, several = isinstance(feature, datasets.Image), isinstance(getattr(feature, "feature", None), datasets.Image)
+        if one or several:
+            encoded = datasets.Image(decode=False)
+            table = table.cast_column(column, encoded if one else datasets.List(encoded))
+            pictures.add(column)
     for number in range(len(table)):
         where = f"{source}: row {number}"
         row = {name: with_names(table.features[name], value) for name, value in table[number].items()}
-        for column in row.keys() & {"image", "images"}:
+        for column in row.keys() & pictures:
             cells = row[column] if isinstance(row[column], list) else [row[column]]
             row[column] = [
-                cell if isinstance(cell, str) else CellImage(table, where, number, column, i)
-                for i, cell in enumerate(cells)
-                if cell
+                path_of(cell) or CellImage(table, where, number, column, i) for i, cell in enumerate(cells) if cell
             ]
         yield where, row
