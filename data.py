@@ -220,7 +220,8 @@ def image_size(source: ImageSource, expected_size: Size | None = None) -> Size:
 
 def upright_size(source: ImageSource, image: Image.Image, expected_size: Size | None) -> Size:
     """Return the (width, height) of an open image once its EXIF tag has turned it. Raises DataError as open_image does."""
-    sideways = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
+    exif = Image.Image.getexif(image)  # a PNG's own method would decode it
+    sideways = exif.get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
     width, height = size = image.size[::-1] if sideways else image.size
     if max(size) > MAX_ASPECT * min(size):
         raise DataError(f"{source}: the image is {width}x{height}, an aspect ratio above {MAX_ASPECT}")
@@ -720,6 +721,8 @@ TASKS = {
                        partial(class_prompt, "model", "aircraft"), hub_data=f"{HUB}CLS_fgvc_aircraft_4_shot"),
         classification("cars", partial(extra_reader, "--task cars", "classes", "read_classes"),
                        partial(class_prompt, "make, model and year", "car"), hub_data=f"{HUB}CLS_car196_4shot"),
+        classification("classes", partial(extra_reader, "--task classes", "classes", "read_classes"),
+                       partial(class_prompt, "kind of thing", "main object")),
         Task("lisa", partial(extra_reader, "--task lisa", "reasonseg", "read_lisa"), grounding_prompt, parse_grounding,
               grounding_answer, boxes=True, rewards={"giou": 1.0, "format": 1.0},
              metric="grounding", asks_for="an instruction"),

@@ -472,7 +472,8 @@ def test_a_hub_name_is_read_as_a_table_is(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"laolao77/ViRFT_COCO": table}[name])
     (example,), _ = rows(COCO.hub_data)
     assert example.id == "laolao77/ViRFT_COCO/0" and example.solution == ((20, 20, 100, 80),)
-    for source in ("rows.jsonl", "a/b/c", "a/rows.jsonl", "pictures.zip"):
+    assert exports.reader_of(COCO, "a/b/c") is COCO.read, "not of the form owner/name"
+    for source in ("rows.jsonl", "a/rows.jsonl", "pictures.zip"):
         with pytest.raises(DataError, match="no such file or folder"):
             exports.reader_of(COCO, source)
 

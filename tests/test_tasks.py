@@ -28,7 +28,7 @@ from extras.readers import rows
 
 EXTRAS = {  # what the error names: (a call that needs an optional reader, its module in extras/readers)
     "--task lvis": (TASKS["lvis"].read, "lvis"),
-    **{f"--task {name}": (TASKS[name].read, "classes") for name in ("flowers", "pets", "aircraft", "cars")},
+    **{f"--task {name}": (TASKS[name].read, "classes") for name in ("flowers", "pets", "aircraft", "cars", "classes")},
     "--task lisa": (TASKS["lisa"].read, "reasonseg"),
     "--task captions": (mia_dpo.CAPTIONS.read, "captions"),
     "--data owner/name": (partial(rows.read_rows, TASKS["coco"]), "tables"),
@@ -142,7 +142,7 @@ def write_rows(root: Path) -> None:
 
 LAYOUTS = {
     "coco": write_coco, "lvis": write_lvis, "flowers": write_labels, "pets": write_pets, "aircraft": write_aircraft,
-    "cars": write_folders, "lisa": write_lisa, "rows": write_rows,
+    "cars": write_folders, "classes": write_folders, "lisa": write_lisa, "rows": write_rows,
 }  # fmt: skip
 
 
@@ -289,6 +289,7 @@ READ = {  # task: (classes of the small dataset, images per split)
     "pets": ({"Abyssinian", "american bulldog"}, 4),
     "aircraft": ({"707-320", "Boeing 717", "F/A-18"}, 6),
     "cars": ({"Audi A5 Coupe 2012", "BMW X3 SUV 2012"}, 4),
+    "classes": ({"Audi A5 Coupe 2012", "BMW X3 SUV 2012"}, 4),
 }
 
 

@@ -45,7 +45,9 @@ def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
     if not path.exists():
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and kind not in (*FILES, *ARCHIVES):
             return rows  # of a dataset on the hub
-        raise DataError(f"{source}: no such file or folder")
+        if kind or task.read is None:
+            raise DataError(f"{source}: no such file or folder")
+        return task.read  # its error shows the layout
     if kind in ARCHIVES:
         raise DataError(f"{source}: an archive; unpack it and give the folder")
     if kind == ".json" and is_coco(path) and task.read is not None:
