@@ -26,7 +26,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -130,23 +130,21 @@ MAX_ASPECT = 200  # Qwen's processors refuse longer images, and there is nothing
 ImageSource = Path | Callable[[], BinaryIO]  # a file, or a function that opens one (an image in a table)
 
 
-def show_whole_images(images: Any, max_pixels: int) -> list[str]:
-    """Let an image processor show whole images, of at most max_pixels where it has such a limit; return notes on it.
+def show_whole_images(images: Any, max_pixels: int) -> bool:
+    """Let an image processor show whole images, of at most max_pixels; return whether it has such a limit.
 
     The processor keeps these settings when it is saved, so whoever loads it sees the same pixels.
     """
-    name, notes = type(images).__name__, []
     if getattr(images, "do_center_crop", False):  # squash an image to the size of the crop instead
         images.size, images.do_center_crop = images.crop_size, False
     size = {edge: value for edge, value in dict(images.size or {}).items() if value}
-    if size.keys() >= {"shortest_edge", "longest_edge"} and hasattr(images, "merge_size"):  # areas, not edges
-        times = 2 if name.startswith("Glm") else 1  # GLM-V counts each image as two frames
-        most = min(max_pixels, size["longest_edge"] // times)
-        least = min(max(MIN_PIXELS, size["shortest_edge"] // times), most)
-        images.size = {"shortest_edge": least * times, "longest_edge": most * times}
-    else:
-        notes.append(f"{name} has no limit in pixels: --max_pixels changes nothing; see --processor_options")
-    return notes
+    if not size.keys() >= {"shortest_edge", "longest_edge"} or not hasattr(images, "merge_size"):
+        return False
+    times = 2 if type(images).__name__.startswith("Glm") else 1  # GLM-V counts each image as two frames
+    most = min(max_pixels, size["longest_edge"] // times)  # areas, not edges
+    least = min(max(MIN_PIXELS, size["shortest_edge"] // times), most)
+    images.size = {"shortest_edge": least * times, "longest_edge": most * times}
+    return True
 
 
 PLAIN = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}  # numbers stay gray levels
@@ -179,12 +177,9 @@ def opened(source: ImageSource) -> Iterator[Image.Image]:
     try:
         with Image.open(source if isinstance(source, Path) else source()) as image:
             yield image
-    except FileNotFoundError:
-        raise DataError(f"{source}: no such image") from None
-    except DataError:
-        raise
     except Exception as error:  # PIL's plugins raise what they like
-        raise DataError(f"{source}: not a whole image ({error})") from None
+        why = "no such image" if isinstance(error, FileNotFoundError) else f"not a whole image ({error})"
+        raise error if isinstance(error, DataError) else DataError(f"{source}: {why}") from None
 
 
 def open_image(source: ImageSource, expected_size: Size | None = None) -> Image.Image:
@@ -219,7 +214,7 @@ def image_size(source: ImageSource, expected_size: Size | None = None) -> Size:
 
 
 def upright_size(source: ImageSource, image: Image.Image, expected_size: Size | None) -> Size:
-    """Return the (width, height) of an open image once its EXIF tag has turned it. Raises DataError as open_image does."""
+    """Return the (width, height) of an open image, turned by its EXIF tag. Raises DataError as open_image does."""
     exif = Image.Image.getexif(image)  # a PNG's own method would decode it
     sideways = exif.get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
     width, height = size = image.size[::-1] if sideways else image.size
@@ -279,7 +274,7 @@ Found = tuple[list[Example], list[str]]  # examples, and notes for the user
 class Choice:
     """Select the part of a dataset to use; virft.py has a flag for each field."""
 
-    categories: str | None = None  # names separated by commas, or one of CATEGORY_SPLITS or base65; None: all
+    categories: str | None = None  # names separated by commas, or a split of extras/readers/choose.py; None: all
     shots: int | None = None  # images per category, chosen by seed; None: all
     negatives: float = 0.0  # share of examples that ask for a category that the image does not show
     eval_categories: str = "gt"  # asked of each image: those it shows and negatives; all; listed, those of `categories`
@@ -287,16 +282,6 @@ class Choice:
     skip_bad_images: bool = False  # leave out and count bad images or rows, which are otherwise an error
     box_format: str = "auto"  # of the boxes in tables with a column `objects`
     one_split: bool = True  # data that has no splits may be read for this one
-
-
-CATEGORY_SPLITS = {  # Visual-RFT sections 4.2 to 4.4; base65 is COCO's 80 categories without novel15
-    "novel15": "mouse, fork, hot dog, cat, airplane, suitcase, parking meter, sandwich, train, hair drier, toilet, "
-    "toaster, snowboard, frisbee, bear",
-    "fewshot8": "bus, train, fire hydrant, stop sign, cat, dog, bed, toilet",
-    "lvis_fewshot6": "horse_buggy, die, kitchen_table, omelet, papaya, stepladder",
-    "lvis_rare13": "casserole, die, egg_roll, futon, garbage, handsaw, hippopotamus, kitchen_table, mallet, omelet, "
-    "shot_glass, stepladder, sugar_bowl",
-}
 
 
 def plain_name(name: str) -> str:
@@ -308,13 +293,10 @@ def wanted_categories(where: object, known: Sequence[str], categories: str | Non
     """Return the known names that --categories asks for; underscores and spaces are equivalent."""
     if categories is None:
         return list(known)
-    if categories == "base65":
-        novel = CATEGORY_SPLITS["novel15"].split(", ")
-        return [name for name in known if name not in novel]
+    categories = choose.published(categories, known) if (choose := extra("readers.choose")) else categories
     name_of = {plain_name(name): name for name in known}
     # A name with commas stands in double quotes.
-    listed = next(csv.reader([CATEGORY_SPLITS.get(categories, categories)], skipinitialspace=True))
-    wanted = [plain_name(name) for name in listed]
+    wanted = [plain_name(name) for name in next(csv.reader([categories], skipinitialspace=True))]
     for name in wanted:
         if name not in name_of:
             near = difflib.get_close_matches(name, list(name_of), 3) or list(name_of)[:5]
@@ -465,38 +447,30 @@ def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
 
 
 def detection_examples(
-    annotations: Annotations, split: str, choice: Choice, verified: Callable[[str, str, bool], bool] | None = None
+    annotations: Annotations, split: str, choice: Choice, verified: Callable[[Any, str, bool], bool] | None = None
 ) -> Found:
     """Make an example of each image and category.
 
-    verified(id_key of an image, name, shown): whether the file is known to hold every instance of the category in the
+    verified(image id, name, shown): whether the file is known to hold every instance of the category in the
     image; shown: whether it holds any. None: every image is annotated in full, as COCO's are.
     """
     file, table, paths = annotations
-    notes: list[str] = []
-    known = verified or (lambda key, name, shown: True)
-    ids, name_of = category_names(file, table["categories"], {id_key(a["category_id"]) for a in table["annotations"]})
+    known, notes = verified or (lambda image_id, name, shown: True), []
+    if others := extra("readers.exports"):
+        table = others.tidy(file, table, notes)
+    name_of = {record["id"]: record["name"] for record in table["categories"]}
+    id_of = {name: category_id for category_id, name in name_of.items()}
     images, flaws = annotated_images(file, table["images"], paths)
     boxes, crowds = annotated_boxes(file, table["annotations"], images, name_of, flaws)
-    if crowds and not boxes:  # CVAT writes iscrowd 1 for every mask
-        notes.append(f"{file}: all annotations have iscrowd 1: they are taken as single objects")
-        boxes, crowds = crowds, boxes
-    seen = boxes.keys() | crowds.keys()
-    with_boxes, counts = {key for key, _ in seen}, [sum(map(len, b.values())) for b in (boxes, crowds)]
-    folder = f" in {paths[0].parent}" if paths and isinstance(paths[0], Path) else ""
-    notes.append(
-        f"{file}: {len(images)} images{folder}, {counts[0]} boxes, {counts[1]} crowd regions, "
-        f"{len(images) - len(with_boxes)} images without either"
-    )
     leave_out(file, list(flaws.values()), choice, notes)
-    usable = [key for key in images if key not in flaws]
-    wanted = wanted_categories(file, list(ids), choice.categories)
+    usable, seen = [image_id for image_id in images if image_id not in flaws], boxes.keys() | crowds.keys()
+    wanted = wanted_categories(file, list(id_of), choice.categories)
     if unused := [name for name in wanted if name not in {name for _, name in seen}]:
         notes.append(f"{file}: no image shows {few(unused)}")
         if choice.categories is None and not verified:  # such as the root of Roboflow's categories: it may be shown
             wanted = [name for name in wanted if name not in unused]
-    shown = {name: [key for key in usable if (key, name) in boxes] for name in wanted}
-    pairs = [(key, name) for name, keys in shown.items() for key in keys]
+    shown = {name: [i for i in usable if (i, name) in boxes] for name in wanted}
+    pairs = [(image_id, name) for name, ids in shown.items() for image_id in ids]
     if choice.shots or choice.negatives or choice.eval_categories != "gt":
         asked = "--shots, --negatives or --eval_categories"
         pairs = extra_reader(asked, "choose", "choose_pairs", file, usable, shown, seen, known, choice, notes)
@@ -504,83 +478,49 @@ def detection_examples(
         why = next(iter(flaws.values()), f"no usable image shows {few(wanted)}")
         raise DataError(f"{file}: no example is left: {why}")
     examples = []
-    for key, name in pairs:
-        path, size, image_id = images[key]
-        targets, ignored = (tuple(found.get((key, name), ())) for found in (boxes, crowds))
-        exhaustive, id = known(key, name, bool(targets)), f"{split}/{image_id}/{name}"
-        examples.append(Example(id, (path,), size, targets, name, ignored, exhaustive, image_id, ids[name]))
+    for image_id, name in pairs:
+        path, size = images[image_id]
+        targets, ignored = (tuple(found.get((image_id, name), ())) for found in (boxes, crowds))
+        exhaustive, id = known(image_id, name, bool(targets)), f"{split}/{image_id}/{name}"
+        examples.append(Example(id, (path,), size, targets, name, ignored, exhaustive, image_id, id_of[name]))
     return examples, notes
 
 
-def id_key(value: Any) -> str:
-    """Return one form of 7, 7.0 and "7": exports write an id in one list as a number, in another as text."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def category_names(file: Path, rows: list, used: set[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return {name: id} and {id_key: name} of a file's categories; used: the id_keys that annotations have.
-
-    Raises DataError if two used ones share an id or a name. Roboflow's root often has the name of the only class.
-    """
-    ids: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    for record in sorted(rows, key=lambda record: id_key(record["id"]) not in used):
-        name, key = str(record["name"]), id_key(record["id"])
-        if name in ids or key in names:
-            if key in used:
-                raise DataError(f"{file}: two categories share an id or a name, one of them {record}")
-            continue
-        ids[name], names[key] = record["id"], name
-    return ids, names
-
-
-def annotated_images(file: Path, rows: list, paths: Sequence[ImageSource]) -> tuple[dict, dict]:
-    """Return {id_key of an image: (source, size, id)} and {id_key: what is wrong with it}."""
-    images, flaws, row_of, listed = {}, {}, {}, cache(names_in)
+def annotated_images(file: Path, rows: list, paths: Sequence[ImageSource | None]) -> tuple[dict, dict]:
+    """Return {image id: (source, size)} and {image id: what is wrong with it}."""
+    images, flaws, listed = {}, {}, cache(names_in)
     for row, (record, path) in enumerate(zip(rows, paths)):
-        key, where = id_key(record["id"]), f"{file}: images[{row}]"
-        if row_of.setdefault(key, row) != row:
-            raise DataError(f"{where} and images[{row_of[key]}] share the id {key}: {path} and {images[key][0]}")
-        sides = [id_key(record.get(side)) for side in ("width", "height")]  # 64, 64.0 or "64"
-        size = tuple(int(side) if side.isdecimal() else 0 for side in sides)
-        images[key] = (path, size, record["id"])
+        image_id, size = record["id"], (record.get("width"), record.get("height"))
+        images[image_id], where = (path, size), f"{file}: images[{row}]"
         if path is None:
-            flaws[key] = f"{where} has no 'file_name': {str(record)[:200]}"
+            flaws[image_id] = f"{where} has no 'file_name': {str(record)[:200]}"
         elif isinstance(path, Path) and path.name not in listed(path.parent):
-            flaws[key] = f"{path}: no such image ({where.partition(': ')[2]} of {file})"
-        elif min(size) < 1 or max(size) > MAX_ASPECT * min(size):
-            rule = f"sides must be positive, their ratio at most {MAX_ASPECT}"
-            flaws[key] = f"{where} {record.get('file_name')} is {sides[0]}x{sides[1]}: {rule}"
+            flaws[image_id] = f"{path}: no such image (images[{row}] of {file})"
+        elif not all(isinstance(side, int) and side > 0 for side in size) or max(size) > MAX_ASPECT * min(size):
+            flaws[image_id] = f"{where} is {size[0]}x{size[1]}: positive, with a ratio of at most {MAX_ASPECT}, expected"
     return images, flaws
 
 
 def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: dict) -> tuple[dict, dict]:
-    """Return {(id_key of an image, category): boxes} of targets and of crowds; adds what is wrong to `flaws`."""
+    """Return {(image id, category): boxes} of targets and of crowd regions; adds what is wrong to `flaws`."""
     boxes, crowds, broken = defaultdict(list), defaultdict(list), set(flaws)
-    tried, corners, largest = 0, 0, 0.0
     for row, record in enumerate(rows):
-        key, category, bbox = id_key(record["image_id"]), id_key(record["category_id"]), record.get("bbox")
+        image_id, category_id, bbox = record["image_id"], record["category_id"], record.get("bbox")
         where = f"{file}: annotations[{row}]"
-        if key not in images or category not in name_of:
-            missing = f"image {key}" if key not in images else f"category {category}"
+        if image_id not in images or category_id not in name_of:
+            missing = f"image {image_id}" if image_id not in images else f"category {category_id}"
             raise DataError(f"{where} belongs to {missing}, which the file does not list")
-        if key in broken:  # its size may be missing
+        if image_id in broken:  # its size may be missing
             continue
-        (width, height), tried = images[key][1], tried + 1
+        width, height = images[image_id][1]
         try:
             x, y, w, h = map(float, bbox)
-            corners += x < w <= width + 1 and y < h <= height + 1
-            largest = max(largest, x + w, y + h)
             box = box_inside((x, y, x + w, y + h), (width, height))
         except (TypeError, ValueError) as error:  # a DataError is a ValueError
             why = error if isinstance(error, DataError) else "has no [x, y, width, height] in pixels"
-            flaws.setdefault(key, f"{where} of image {key} ({width}x{height}) {why}: bbox {bbox}")
+            flaws.setdefault(image_id, f"{where} of image {image_id} ({width}x{height}) {why}: bbox {bbox}")
             continue
-        (crowds if str(record.get("iscrowd")) in ("1", "True") else boxes)[key, name_of[category]].append(box)
-    if len(flaws) > len(broken) and corners == tried:
-        raise DataError(f"{next(f for k, f in flaws.items() if k not in broken)}. All look like [x1, y1, x2, y2]")
-    if 0 < largest <= 1:
-        raise DataError(f"{file}: every bbox lies in 0..1; [x, y, width, height] in pixels expected")
+        (crowds if record.get("iscrowd") else boxes)[image_id, name_of[category_id]].append(box)
     return boxes, crowds
 
 
@@ -750,22 +690,13 @@ def load_examples(
     choice = Choice(**flags)
     if source is None:
         raise DataError(f"--task {task.name} has no released dataset: --data names yours")
-    others = extra("readers.exports")
-    read = others.reader_of(task, source) if others else task.read if Path(source).is_dir() else None
-    if read is None:
-        raise SystemExit(f"--data {source} needs extras/readers/rows.py: copy the folder extras beside virft.py")
-    examples, notes = read(source, split, choice)
+    others = extra("readers.exports", None if task.read and Path(source).is_dir() else f"--data {source}")
+    examples, notes = (others.reader_of(task, source) if others else task.read)(source, split, choice)
     if others:
         examples = others.whole_images(examples, choice, notes)
-    if max_boxes is not None:
-        if not task.boxes:
-            raise DataError(f"--max_boxes {max_boxes}: --task {task.name} has no boxes")
-        kept = [e for e in examples if len(boxes_in(e.solution)) <= max_boxes]
-        notes.append(f"--max_boxes {max_boxes}: {len(examples) - len(kept)} examples left out")
-        examples = kept
-    if limit is not None and limit < len(examples):
-        notes.append(f"{limit} of {len(examples)} examples, chosen by seed {choice.seed}")
-        examples = random.Random(choice.seed).sample(examples, limit)
+    if max_boxes is not None or limit is not None:
+        asked = "--max_boxes or --eval_limit"
+        examples = extra_reader(asked, "choose", "fewer", task, examples, max_boxes, limit, choice, notes)
     if not examples:
         raise DataError(f"{source}: no example is left of the {split} split")
     settings = {name: value for name, value in asdict(choice).items() if name != "one_split"}.items()
@@ -797,10 +728,7 @@ class Prompt:
 
 @dataclass(eq=False)
 class Prompts(torch.utils.data.Dataset):
-    """Encode examples in DataLoader workers, ahead of the step: open, resize, write the question, tokenize.
-
-    Indexed by (slot, index of the example).
-    """
+    """Encode examples in DataLoader workers, ahead of the step. Indexed by (slot, index of the example)."""
 
     task: Task
     examples: list[Example]
@@ -813,10 +741,10 @@ class Prompts(torch.utils.data.Dataset):
     template_options: Sequence[str] = ()  # NAME=VALUE
 
     def __post_init__(self):
-        given, flag = self.template_options, "template_options"
+        given, flag, look = self.template_options, "template_options", extra("processors")
         self.template = extra("processors", f"--{flag}").options(flag, given) if given else {}
-        for example in () if self.replace_bad else self.examples:  # now, not at the step that meets it
-            self.refuse_placeholders(example, example.question or "")
+        for example in self.examples if look and not self.replace_bad else ():  # now, not at the step that meets it
+            look.refuse_placeholders(self.processor, example, example.question or "")
 
     def __getitem__(self, key: tuple[int, int]) -> Prompt | DataError:
         slot, index = key
@@ -840,7 +768,8 @@ class Prompts(torch.utils.data.Dataset):
         images = open_images(example)
         frame = self.frame(images[0].size, example.coordinates)
         question, target = self.task.question(example, frame, self.coordinates, self.think)
-        self.refuse_placeholders(example, question)
+        if look := extra("processors"):
+            look.refuse_placeholders(self.processor, example, question)
         content = content_of(question, len(images))
         messages = [{"role": "user", "content": content}]
         if self.system_prompt is not None:
@@ -874,27 +803,14 @@ class Prompts(torch.utils.data.Dataset):
         pixels = self.task.boxes and (coordinates or self.coordinates) == "pixels"
         return seen_size(self.processor.image_processor, size) if pixels else size
 
-    def refuse_placeholders(self, example: Example, question: str) -> None:
-        """Raise DataError for a question that holds the processor's own mark of an image or a video."""
-        marks = {getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video")} - {None, IMAGE_MARK}
-        if found := [mark for mark in marks if isinstance(mark, str) and mark in question]:
-            raise DataError(
-                f"example {example.id}: its text holds {found[0]}, which stands for an image in the model's prompts: "
-                f"write {IMAGE_MARK} where an image belongs, or take it out"
-            )
-
 
 def turn_end(processor: Any) -> int | None:
     """Return the token with which the chat template ends an assistant's turn, or None if it writes none."""
-
-    def turns(answer: Any) -> list[dict]:
-        question = [{"type": "text", "text": "question"}]
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-    try:
-        text = processor.apply_chat_template(turns([{"type": "text", "text": "words"}]), tokenize=False)
-    except TypeError:  # some templates take an assistant's words as a string only
-        text = processor.apply_chat_template(turns("words"), tokenize=False)
+    asked = {"role": "user", "content": [{"type": "text", "text": "question"}]}
+    for answer in ([{"type": "text", "text": "words"}], "words"):  # some templates take a string only
+        with suppress(TypeError):
+            text = processor.apply_chat_template([asked, {"role": "assistant", "content": answer}], tokenize=False)
+            break
     after = text.partition("words")[2].lstrip()
     ids = processor.tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
     return ids[0] if ids and ids[0] in processor.tokenizer.get_added_vocab().values() else None
@@ -908,8 +824,7 @@ def content_of(question: str, images: int) -> list[dict[str, str]]:
     texts = question.split(IMAGE_MARK)
     if len(texts) == 1:
         return [*[{"type": "image"}] * images, {"type": "text", "text": question}]
-    if len(texts) != images + 1:
-        marks = len(texts) - 1
+    if (marks := len(texts) - 1) != images:
         raise DataError(f"question {question[:200]!r} marks {marks} images with {IMAGE_MARK}, there are {images}")
     content = [{"type": "text", "text": texts[0]}]
     for text in texts[1:]:

@@ -68,7 +68,7 @@ from transformers import DynamicCache, DynamicLayer, StaticLayer
 from transformers.hf_argparser import string_to_bool
 
 import data
-from data import CATEGORY_SPLITS, CONVENTIONS, MIN_PIXELS, TASKS, DataError, Example, Prompt, Prompts, extra
+from data import CONVENTIONS, MIN_PIXELS, TASKS, DataError, Example, Prompt, Prompts, extra
 from rewards import answer_shares, choose_rewards, reward_weights
 
 
@@ -88,7 +88,7 @@ class Config:
     eval_data: str | None = setting(None, "dataset to evaluate on; default: the validation split of --data")
     out: str = setting("runs/virft", "run folder for metrics, rollouts, pictures and the trained model")
 
-    categories: str | None = setting(None, f"names with commas, or base65, {', '.join(CATEGORY_SPLITS)}", "Examples")
+    categories: str | None = setting(None, "names with commas, or a published split: novel15, base65, ...", "Examples")
     shots: int | None = setting(None, "training images per category (few-shot), chosen by seed", least=1)
     negatives: float = setting(0.0, "share of examples that ask for an absent category", least=0, below=1)
     max_boxes: int | None = setting(None, "leave out training examples with more boxes than this")
@@ -927,9 +927,9 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
     images = processor.image_processor
     if cfg.processor_options:
         extra("processors", "--processor_options").configure(images, cfg.processor_options)
-    notes = data.show_whole_images(images, cfg.max_pixels)
-    notes = notes if cfg.max_pixels != Config.max_pixels else []
-    for note in notes + (look.inspect(images, config.model_type) if (look := extra("processors")) else []):
+    if not data.show_whole_images(images, cfg.max_pixels) and cfg.max_pixels != Config.max_pixels:
+        say(f"{type(images).__name__} has no limit in pixels: --max_pixels changes nothing; see --processor_options")
+    for note in look.inspect(images, config.model_type) if (look := extra("processors")) else ():
         say(note)
     if coordinates == "auto":
         coordinates = data.COORDINATES_OF_FAMILY.get(kind := config.model_type)

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from data import PLAIN, DataError
+from data import IMAGE_MARK, PLAIN, DataError, Example
 
 # Model types whose processors pad images to a canvas (read in their code, some of them measured).
 PADDED = ("mllama", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_ocr2", "janus", "aria", "glm5_next", "kimi_k25")
@@ -37,6 +37,16 @@ def inspect(images: Any, model_type: str) -> list[str]:
     if model_type in PADDED:
         return [f"{model_type} shows images on a padded canvas: its own 0..1000 may refer to that; see --check"]
     return []
+
+
+def refuse_placeholders(processor: Any, example: Example, question: str) -> None:
+    """Raise DataError for a question that holds the processor's own mark of an image or a video."""
+    marks = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")} - {None, IMAGE_MARK}
+    if found := [mark for mark in marks if isinstance(mark, str) and mark in question]:
+        raise DataError(
+            f"example {example.id}: its text holds {found[0]}, which stands for an image in the model's prompts: "
+            f"write {IMAGE_MARK} where an image belongs, or take it out"
+        )
 
 
 def configure(images: Any, pairs: Sequence[str]) -> None:

@@ -104,7 +104,8 @@ def test_options_reach_the_template_and_change_the_prompt(llava_dir, tmp_path):
 
 
 def test_options_are_json_or_strings():
-    found = processors.options("x", ["a=false", "b=2", 'c={"longest_edge": 5}', "d=words = words", "e=False", "f=falsehood"])
+    pairs = ["a=false", "b=2", 'c={"longest_edge": 5}', "d=words = words", "e=False", "f=falsehood"]
+    found = processors.options("x", pairs)
     assert found == {
         "a": False, "b": 2, "c": {"longest_edge": 5}, "d": "words = words", "e": False, "f": "falsehood",
     }  # fmt: skip

@@ -22,7 +22,7 @@ import virft
 from data import TASKS, Choice, DataError
 from demo import shapes
 from extras import evaluate
-from extras.readers import rows
+from extras.readers import choose, rows
 
 
 
@@ -656,7 +656,7 @@ def test_what_a_reward_returns_is_checked(tmp_path, function):
 
 
 def test_rows_need_rows(tmp_path):
-    with pytest.raises(DataError, match="(?s)--task rows reads rows, from .json, .jsonl, .csv, .tsv, .parquet. A row has image"):
+    with pytest.raises(DataError, match="(?s)--task rows reads rows, from .json, .jsonl, .csv.* A row has image"):
         data.load_examples(TASKS["rows"], str(tmp_path), "train")
     for name in ("rows", "lisa"):
         with pytest.raises(DataError, match=f"--task {name} has no released dataset: --data names yours"):
@@ -708,7 +708,7 @@ for task, source in (("rows", "rows.jsonl"), ("lvis", ".")):
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     missing = "{} needs extras/readers/{}.py: copy the folder extras beside virft.py"
-    asked = [missing.format("--data rows.jsonl", "rows"), missing.format("--task lvis", "lvis")]
+    asked = [missing.format("--data rows.jsonl", "exports"), missing.format("--task lvis", "lvis")]
     assert done.stdout.splitlines() == ["True", *asked], done.stderr
 
 
@@ -725,7 +725,7 @@ def name_as(root: Path, split: str) -> None:
     """Rename the first categories of every annotation file to the names of a split, adding categories if needed."""
     for file in (root / "annotations").glob("*.json"):
         table = json.loads(file.read_text())
-        for i, name in enumerate(data.CATEGORY_SPLITS[split].split(", ")):
+        for i, name in enumerate(choose.CATEGORY_SPLITS[split].split(", ")):
             if i == len(table["categories"]):
                 table["categories"].append({"id": 1000 + i})
             table["categories"][i]["name"] = name

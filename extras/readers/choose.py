@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from data import Choice, DataError, refuse
+from data import Choice, DataError, Example, Task, boxes_in, refuse
 
 Pair = tuple[Any, str]  # (image id, category): one example
 
@@ -17,6 +17,40 @@ def pick_split(where: object, split: str, there: Container[str], hint: str) -> s
         if name in there:
             return name
     raise DataError(f"{where}: no split {' or '.join(names)}. {hint}")
+
+
+CATEGORY_SPLITS = {  # Visual-RFT sections 4.2 to 4.4; base65 is COCO's 80 categories without novel15
+    "novel15": "mouse, fork, hot dog, cat, airplane, suitcase, parking meter, sandwich, train, hair drier, toilet, "
+    "toaster, snowboard, frisbee, bear",
+    "fewshot8": "bus, train, fire hydrant, stop sign, cat, dog, bed, toilet",
+    "lvis_fewshot6": "horse_buggy, die, kitchen_table, omelet, papaya, stepladder",
+    "lvis_rare13": "casserole, die, egg_roll, futon, garbage, handsaw, hippopotamus, kitchen_table, mallet, omelet, "
+    "shot_glass, stepladder, sugar_bowl",
+}
+
+
+def published(categories: str, known: Sequence[str]) -> str:
+    """Return the names of a published split, or `categories` as it is; known: the names of a dataset."""
+    if categories == "base65":
+        novel = CATEGORY_SPLITS["novel15"].split(", ")
+        return ", ".join(name for name in known if name not in novel)
+    return CATEGORY_SPLITS.get(categories, categories)
+
+
+def fewer(
+    task: Task, examples: list[Example], max_boxes: int | None, limit: int | None, choice: Choice, notes: list[str]
+) -> list[Example]:
+    """Return at most `limit` of the examples that have at most max_boxes boxes, drawn by seed; None: no limit."""
+    if max_boxes is not None:
+        if not task.boxes:
+            raise DataError(f"--max_boxes {max_boxes}: --task {task.name} has no boxes")
+        kept = [e for e in examples if len(boxes_in(e.solution)) <= max_boxes]
+        notes.append(f"--max_boxes {max_boxes}: {len(examples) - len(kept)} examples left out")
+        examples = kept
+    if limit is not None and limit < len(examples):
+        notes.append(f"{limit} of {len(examples)} examples, chosen by seed {choice.seed}")
+        examples = random.Random(choice.seed).sample(examples, limit)
+    return examples
 
 
 def whole_file(file: Path, split: str, choice: Choice) -> Path:

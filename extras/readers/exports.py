@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from data import (
     COCO_LAYOUT,
@@ -95,6 +96,81 @@ def is_coco(file: Path) -> bool:
         return False
     text = file.read_text(encoding="utf-8", errors="replace")
     return all(f'"{part}"' in text for part in ("images", "annotations", "categories", "bbox"))
+
+
+def tidy(file: Path, table: dict[str, list], notes: list[str]) -> dict[str, list]:
+    """Return the lists of a COCO file as COCO itself writes them; add to the notes what the file holds.
+
+    Numbers written as text or as 7.0 become integers, and ids refer to those of their list. Raises DataError for
+    what would be read wrongly: shared ids, boxes that are not [x, y, width, height] in pixels.
+    """
+    used = {id_key(a["category_id"]) for a in table["annotations"]}
+    categories, category_of = unique(file, "categories", table["categories"], used)
+    images, image_of = unique(file, "images", table["images"], None)
+    images = [image | {side: whole_number(image.get(side)) for side in ("width", "height")} for image in images]
+    size_of = {image["id"]: (image["width"], image["height"]) for image in images}
+    annotations = [
+        a | {
+            "image_id": image_of.get(id_key(a["image_id"]), a["image_id"]),
+            "category_id": category_of.get(id_key(a["category_id"]), a["category_id"]),
+            "iscrowd": int(str(a.get("iscrowd")) in ("1", "True")),
+        }
+        for a in table["annotations"]
+    ]  # fmt: skip
+    look_at_boxes(file, annotations, size_of)
+    crowds = sum(a["iscrowd"] for a in annotations)
+    if crowds and crowds == len(annotations):  # CVAT writes iscrowd 1 for every mask
+        notes.append(f"{file}: all annotations have iscrowd 1: they are taken as single objects")
+        annotations, crowds = [a | {"iscrowd": 0} for a in annotations], 0
+    empty = len(size_of.keys() - {a["image_id"] for a in annotations})
+    counts = f"{len(images)} images, {len(annotations) - crowds} boxes, {crowds} crowd regions"
+    notes.append(f"{file}: {counts}, {empty} images without either")
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def id_key(value: Any) -> str:
+    """Return one form of 7, 7.0 and "7": exports write an id in one list as a number, in another as text."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def whole_number(value: Any) -> Any:
+    """Return 64 for 64, 64.0 and "64", and anything else as it is."""
+    return int(key) if (key := id_key(value)).isdecimal() else value
+
+
+def unique(file: Path, part: str, rows: list[dict], used: set[str] | None) -> tuple[list[dict], dict[str, Any]]:
+    """Return the records, and {id_key: id}. Raises DataError if two share an id, or two categories a name.
+
+    used: the id_keys that matter; others that share something are left out: Roboflow's root often has the name of
+    the only class. None: all matter.
+    """
+    kept, first, ids = [], {}, {}
+    for record in sorted(rows, key=lambda record: used is not None and id_key(record["id"]) not in used):
+        key, name = id_key(record["id"]), record.get("name") if used is not None else None
+        shared = first.get(("id", key)) or (name is not None and first.get(("name", name)))
+        if shared and (used is None or key in used):
+            raise DataError(f"{file}: two {part} share an id or a name: {str(shared)[:200]} and {str(record)[:200]}")
+        if not shared:
+            kept.append(record)
+            first |= {("id", key): record, ("name", name): record}
+            ids[key] = record["id"]
+    return kept, ids
+
+
+def look_at_boxes(file: Path, annotations: list[dict], size_of: dict[Any, tuple]) -> None:
+    """Raise DataError if the boxes of a file look like [x1, y1, x2, y2], or lie in 0..1."""
+    boxes = []
+    for annotation in annotations:
+        try:
+            (x, y, w, h), (width, height) = map(float, annotation["bbox"]), size_of[annotation["image_id"]]
+            boxes.append((x, y, w, h, width + 1, height + 1))  # tools round outward
+        except (KeyError, TypeError, ValueError):  # is reported with its image
+            continue
+    outside = next((box for box in boxes if box[0] + box[2] > box[4] or box[1] + box[3] > box[5]), None)
+    if outside and all(x1 < x2 <= width and y1 < y2 <= height for x1, y1, x2, y2, width, height in boxes):
+        raise DataError(f"{file}: bbox {list(outside[:4])} lies outside its image; all look like [x1, y1, x2, y2]")
+    if boxes and max(max(box[:4]) for box in boxes) <= 1:
+        raise DataError(f"{file}: every bbox lies in 0..1; [x, y, width, height] in pixels expected")
 
 
 # What marks a folder, or the ending of a file -> the tool, and what `globox convert` is told.

@@ -2,18 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from data import (
-    DETECTION_FIELDS,
-    Choice,
-    DataError,
-    Found,
-    annotation_file,
-    detection_examples,
-    id_key,
-    plain_name,
-    read_table,
-)
+from data import DETECTION_FIELDS, Choice, DataError, Found, annotation_file, detection_examples, plain_name, read_table
 
 LVIS_LAYOUT = """An LVIS folder (v0.5 or v1) looks like this; its images are COCO's:
   DIR/annotations/lvis_v1_train.json          (or directly in DIR)
@@ -38,10 +29,10 @@ def read_lvis(data: str, split: str, choice: Choice) -> Found:
     for record in table["categories"]:
         record["name"] = plain_name(record["name"])
     name_of = {record["id"]: record["name"] for record in table["categories"]}
-    checked = {id_key(r["id"]): Verified.of(r, name_of) for r in table["images"] if "neg_category_ids" in r}
+    checked = {r["id"]: Verified.of(r, name_of) for r in table["images"] if "neg_category_ids" in r}
 
-    def verified(key: str, name: str, shown: bool) -> bool:
-        return key not in checked or checked[key].known(name, shown)
+    def verified(image_id: Any, name: str, shown: bool) -> bool:
+        return image_id not in checked or checked[image_id].known(name, shown)
 
     places = [folder / part for folder in (file.parent, file.parent.parent) for part in ("", "images")]
     if not (base := next((p for p in places if (p / "train2017").is_dir() or (p / "val2017").is_dir()), None)):

@@ -55,8 +55,9 @@ Boxes in such rows need coords: "pixels" (of the original image) or 1000 if they
 Other names of columns: docs/tasks.md."""
 
 
-def column(row: dict, kind: str) -> Any:
+def column(row: Any, kind: str) -> Any:
     """Return the value of the first column of COLUMNS[kind] that a row has and that is not empty; None without one."""
+    row = row if isinstance(row, dict) else {}
     return next((row[name] for name in COLUMNS[kind] if row.get(name) not in (None, "", [])), None)
 
 
@@ -71,7 +72,8 @@ def file_rows(file: Path) -> list[tuple[str, Any]]:
     if file.suffix == ".json":
         table = read_json(file)
         if not isinstance(table, list):
-            raise DataError(f"{file}: a list of rows expected at the top level, or a COCO file; found {str(table)[:100]}")
+            expected = "a list of rows expected at the top level, or COCO's lists"
+            raise DataError(f"{file}: {expected}; found {str(table)[:100]}")
         return [(f"{file}: row {number}", row) for number, row in enumerate(table)]
     if file.suffix in (".csv", ".tsv"):
         text = read_text(file)
@@ -100,7 +102,7 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
     path, folder = Path(source), Path(source).parent
     if path.is_file() and path.suffix != ".parquet":
         rows = file_rows(path)
-        if any(isinstance(row, dict) and column(row, "split") for _, row in rows):
+        if any(column(row, "split") for _, row in rows):
             there = {column(row, "split") for _, row in rows}
             name = pick_split(source, split, there, f"Its rows have {', '.join(map(str, there))}; see --eval_data")
             rows = [(where, row) for where, row in rows if column(row, "split") == name]
@@ -115,7 +117,7 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
             raise DataError(f"{source}: its rows hold objects with boxes, for --task coco, not {task.name}")
         return object_examples(source, rows, folder, split, choice)
     if task.metric == "classification" and column(first, "problem") is None:
-        labels = [(where, file_of(row, folder), isinstance(row, dict) and column(row, "class")) for where, row in rows]
+        labels = [(where, file_of(row, folder), column(row, "class")) for where, row in rows]
         return extra_reader(f"--data {source}", "classes", "class_examples", path, labels, split, choice)
     refuse(choice, f"the rows of {source} are chosen already", "shots", "negatives", "eval_categories")
     examples, flaws, notes = [], [], []
@@ -183,7 +185,7 @@ def messages_of(problem: Any, notes: list[str]) -> tuple[str, Any]:
 
 def row_example(task: Task, row: Any, folder: Path, notes: list[str]) -> Example:
     """Convert one row to an example. Raises DataError for a row that is not of ROW_LAYOUT."""
-    if not isinstance(row, dict) or column(row, "problem") is None:
+    if column(row, "problem") is None:
         raise DataError(ROW_LAYOUT)
     images = images_of(row, folder)
     problem, said = messages_of(column(row, "problem"), notes)
@@ -326,7 +328,7 @@ def box_format(source: str, boxes: list, asked: str) -> tuple[str, str]:
     corners = all(fits(box, size) for box, size in boxes)
     sides = all(fits((x, y, x + w, y + h), size) for (x, y, w, h), size in boxes)
     if corners == sides:
-        found = "fit their images both as xywh and as xyxy" if corners else "do not all fit their images, read either way"
-        raise DataError(f"{source}: its boxes {found}: --box_format xywh or xyxy says which they are")
+        fit = "fit their images both as xywh and as xyxy" if corners else "do not all fit their images, read either way"
+        raise DataError(f"{source}: its boxes {fit}: --box_format xywh or xyxy says which they are")
     form, other = ("xyxy", "xywh") if corners else ("xywh", "xyxy")
     return form, f"boxes are {form}: as {other} some would not fit their images (--box_format)"

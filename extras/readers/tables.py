@@ -65,10 +65,9 @@ def table_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
         table = table[pick_split(source, split, table, hint)]
     pictures = {"image", "images"}  # in parquet files of other tools these are bytes without the type Image
     for column, feature in table.features.items():  # encoded bytes instead of decoded images
-        one, several = isinstance(feature, datasets.Image), isinstance(getattr(feature, "feature", None), datasets.Image)
-        if one or several:
-            encoded = datasets.Image(decode=False)
-            table = table.cast_column(column, encoded if one else datasets.List(encoded))
+        inner, encoded = getattr(feature, "feature", None), datasets.Image(decode=False)
+        if isinstance(feature, datasets.Image) or isinstance(inner, datasets.Image):
+            table = table.cast_column(column, datasets.List(encoded) if inner else encoded)
             pictures.add(column)
     for number in range(len(table)):
         where = f"{source}: row {number}"
