@@ -141,7 +141,7 @@ BAD = {  # what is wrong: (change, what the error must name); the first five con
     "box of zero width": (annotation(0, bbox=[10, 5, 0, 30]), r"annotations\[0\].*has no area"),
     "box of negative height": (annotation(0, bbox=[10, 35, 5, -30]), r"annotations\[0\].*has no area"),
     "missing image": (lambda t: t["images"][1].update(file_name="9.png"), r"9\.png: no such image \(images\[1\]"),
-    "aspect over 200": (lambda t: t["images"][2].update(width=9000), r"images\[2\] 3\.png is 9000x40.*200"),
+    "aspect over 200": (lambda t: t["images"][2].update(width=9000), r"images\[2\] is 9000x40.*200"),
     "no annotations": (lambda t: t.pop("annotations"), "no list 'annotations'"),
     "image without file name": (lambda t: t["images"][1].pop("file_name"), r"images\[1\] has no 'file_name'"),
     "annotation without box": (
