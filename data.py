@@ -53,14 +53,13 @@ class DataError(ValueError):
 
 CONVENTIONS = ("relative", "pixels")
 
-# By config.model_type, from each family's documentation: Qwen's model cards and cookbooks, InternVL's "Chat Data
-# Format", GLM-V's README. Families that document no convention (Gemma 3, Idefics3, SmolVLM, Pixtral, Mllama) or a third
-# one (PaliGemma: location tokens, y first; LLaVA-NeXT, -OneVision: decimals in 0..1) are not listed and get a warning.
+# By config.model_type, from each family's documentation; docs/models.md names the sources. For the others 0..1000 is
+# taken, and the start says so.
 COORDINATES_OF_FAMILY = {
     "qwen2_5_vl": "pixels",
     **dict.fromkeys(("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), "relative"),
-    **dict.fromkeys(("internvl", "glm4v", "glm4v_moe", "glm46v"), "relative"),
-    "llava": "relative",  # LLaVA 1.5 learned decimals in 0..1: the same frame in other units
+    **dict.fromkeys(("internvl", "glm4v", "glm4v_moe", "glm46v", "minicpmv4_6"), "relative"),
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "relative"),  # they write decimals
 }
 
 
@@ -497,7 +496,7 @@ def annotated_images(file: Path, rows: list, paths: Sequence[ImageSource | None]
         elif isinstance(path, Path) and path.name not in listed(path.parent):
             flaws[image_id] = f"{path}: no such image (images[{row}] of {file})"
         elif not all(isinstance(side, int) and side > 0 for side in size) or max(size) > MAX_ASPECT * min(size):
-            flaws[image_id] = f"{where} is {size[0]}x{size[1]}: positive, with a ratio of at most {MAX_ASPECT}, expected"
+            flaws[image_id] = f"{where} is {size[0]}x{size[1]}: positive, of a ratio up to {MAX_ASPECT}, expected"
     return images, flaws
 
 

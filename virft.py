@@ -275,7 +275,8 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}
     if text._attn_implementation == "eager":  # eager attention adds the mask to the scores, sdpa takes booleans
         masks = {kind: torch.where(m, 0.0, torch.finfo(model.dtype).min).to(model.dtype) for kind, m in masks.items()}
-    masks["linear_attention"] = None  # `prefill` skipped the padding, so the recurrent state holds real tokens only
+    # Layers with a state: `prefill` skipped the padding, so the state holds real tokens only.
+    masks["linear_attention"] = masks["conv"] = None
     if unknown := kinds - masks.keys():
         raise SystemExit(f"{type(model).__name__} has layers of {', '.join(unknown)}, whose mask is not known here")
     # A config without layer types has one kind of layer. Its mask is `near`, which without a window equals `mask`.
@@ -412,7 +413,7 @@ def completion_logps(
 
 
 def shares_prompt(model: nn.Module) -> bool:
-    """Return whether the cache is differentiable. Linear attention overwrites its state, so there it is not."""
+    """Return whether the cache is differentiable. Linear attention and convolutions overwrite a state: it is not."""
     return not any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=model.config).layers)
 
 
@@ -929,8 +930,10 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
         extra("processors", "--processor_options").configure(images, cfg.processor_options)
     if not data.show_whole_images(images, cfg.max_pixels) and cfg.max_pixels != Config.max_pixels:
         say(f"{type(images).__name__} has no limit in pixels: --max_pixels changes nothing; see --processor_options")
-    for note in look.inspect(images, config.model_type) if (look := extra("processors")) else ():
-        say(note)
+    if look := extra("processors"):
+        asks_boxes = coordinates == "auto" and cfg.task in TASKS and TASKS[cfg.task].boxes
+        for note in look.inspect(images, config.model_type, asks_boxes):
+            say(note)
     if coordinates == "auto":
         coordinates = data.COORDINATES_OF_FAMILY.get(kind := config.model_type)
         if coordinates is None:

@@ -10,6 +10,11 @@ from data import IMAGE_MARK, PLAIN, DataError, Example
 
 # Model types whose processors pad images to a canvas (read in their code, some of them measured).
 PADDED = ("mllama", "deepseek_vl", "deepseek_vl_hybrid", "deepseek_ocr2", "janus", "aria", "glm5_next", "kimi_k25")
+# Families that learned to write boxes in another form, by their papers: decimals are the same frame in other units.
+OTHER_FORMS = {
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "decimals in 0..1"),
+    **dict.fromkeys(("paligemma", "paligemma2"), "location tokens, y first"),
+}
 BORDERS = {"left": 200, "right": 225, "top": 250, "bottom": 175}  # gray levels
 
 
@@ -30,13 +35,23 @@ def lost_borders(images: Any) -> list[str]:
     return [name for name, level in BORDERS.items() if ((pixels - level).abs() < 9).float().mean() < 0.01]
 
 
-def inspect(images: Any, model_type: str) -> list[str]:
-    """Return notes on what an image processor does to images. SystemExit if it cuts off a border."""
+def inspect(images: Any, model_type: str, asks_boxes: bool) -> list[str]:
+    """Return notes on what an image processor does to images, and on the form of a family's boxes.
+
+    asks_boxes: boxes are asked for and --coordinates does not say how. SystemExit if the processor cuts off a border,
+    or a family writes boxes in another frame.
+    """
     if lost := lost_borders(images):
         raise SystemExit(f"{type(images).__name__} cuts off the {', '.join(lost)} of images: boxes would be displaced")
+    notes, form = [], OTHER_FORMS.get(model_type)
+    if form and asks_boxes and "y first" in form:
+        learn = "--coordinates relative has it learn x first in 0..1000"
+        raise SystemExit(f"{model_type} writes boxes as {form}, which is not supported: {learn}")
+    if form and asks_boxes:
+        notes.append(f"released {model_type} models write boxes as {form}; here they are asked for in 0..1000")
     if model_type in PADDED:
-        return [f"{model_type} shows images on a padded canvas: its own 0..1000 may refer to that; see --check"]
-    return []
+        notes.append(f"{model_type} shows images on a padded canvas: its own 0..1000 may refer to that; see --check")
+    return notes
 
 
 def refuse_placeholders(processor: Any, example: Example, question: str) -> None:

@@ -111,6 +111,19 @@ def pixtral():
     return transformers.LlavaConfig(**towers("pixtral", "mistral"), image_token_index=IMAGE, **select)
 
 
+def mistral3():
+    sizes = {"spatial_merge_size": 2, "vision_feature_layer": -1, "image_token_index": IMAGE}
+    return transformers.Mistral3Config(**towers("pixtral", "mistral"), **sizes)
+
+
+def lfm2_vl():
+    vision = {k: v for k, v in VISION.items() if k != "image_size"}
+    vision |= {"model_type": "siglip2_vision_model", "num_patches": 16, "vision_use_head": False}
+    text = TEXT | {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "conv_L_cache": 3}
+    tokens = {"image_token_id": IMAGE, "tie_word_embeddings": False}
+    return transformers.Lfm2VlConfig(text_config=text, vision_config=vision, projector_hidden_size=64, **tokens)
+
+
 def internvl():
     return transformers.InternVLConfig(**towers("internvl_vision", "qwen2"), image_token_id=IMAGE)
 
@@ -205,6 +218,22 @@ def own_shapes(sizes, generator) -> Encoded:
     return runs, {"pixel_values": values, "image_sizes": PATCH * torch.tensor(sizes)}
 
 
+def merged_shapes(sizes, generator) -> Encoded:
+    """As own_shapes, with 2 x 2 patches merged into a token."""
+    _, tensors = own_shapes(sizes, generator)
+    runs = [((([IMAGE] * (w // 2) + [BREAK]) * (h // 2))[:-1]) + [END] for h, w in sizes]
+    return runs, tensors
+
+
+def counted_patches(sizes, generator) -> Encoded:
+    """Patches of each image in a row of its own, filled up to the largest number, merged 2 x 2 into a token each."""
+    shapes = torch.tensor(sizes)
+    mask = torch.arange(int(shapes.prod(1).max())) < shapes.prod(1)[:, None]
+    values = pixels(generator, *mask.shape, 3 * PATCH**2) * mask[..., None]
+    runs = [[START] + [IMAGE] * (h * w // 4) + [END] for h, w in sizes]
+    return runs, {"pixel_values": values, "pixel_attention_mask": mask.int(), "spatial_shapes": shapes}
+
+
 def cross_attended(sizes, generator) -> Encoded:
     """One token per image; its tiles, up to four, are attended to from beside the text."""
     shapes = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]
@@ -266,6 +295,8 @@ FAMILIES = {
     "LLaVA-NeXT": Family(llava_next, tiled, [(1, 2)], [(2, 2), (2, 1)]),
     "LLaVA-OneVision": Family(llava_onevision, tiled_if_alone, [(1, 2)], [(2, 2), (2, 1)]),
     "Pixtral": Family(pixtral, own_shapes, [(2, 3)], [(3, 2), (4, 4)]),
+    "Mistral3": Family(mistral3, merged_shapes, [(2, 4)], [(4, 2), (4, 4)]),
+    "LFM2-VL": Family(lfm2_vl, counted_patches, [(4, 6)], [(8, 4), (2, 4)], shares=False),
     "InternVL": Family(internvl, partial(fixed, tokens=4), [(1, 1)], [(1, 1)] * 3),
     "Idefics3": Family(partial(idefics3, transformers.Idefics3Config), split, [(1, 2)], [(2, 2), (1, 1)]),
     "SmolVLM": Family(partial(idefics3, transformers.SmolVLMConfig), split, [(1, 2)], [(2, 2), (1, 1)]),
@@ -337,3 +368,50 @@ def scored(model, inputs: dict, ids: Tensor, temperature: float = 1.0, forbidden
 
 def gradients(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+# ------------------------------------------------------------------------------------------------
+# Sharing a prompt against repeating it.
+
+FORBIDDEN = torch.tensor([5, 17, *range(WORDS, TEXT["vocab_size"])])  # with all placeholders
+G, C, TEMPERATURE = 3, 6, 0.7
+
+
+def completions(inputs: list[dict], seed: int = 3) -> Tensor:
+    """G random completions of C words for each prompt: ids [B * G, C]."""
+    ids = torch.randint(0, WORDS, (len(inputs) * G, C), generator=torch.Generator().manual_seed(seed))
+    return ids.masked_fill(torch.isin(ids, FORBIDDEN), 1)
+
+
+def oracle(model, inputs: list[dict], ids: Tensor, completion: dict | None) -> Tensor:
+    """Log-probabilities of the completions ids [B * G, C], each alone."""
+    logps = [alone(model, inputs[i // G], row, TEMPERATURE, FORBIDDEN, completion) for i, row in enumerate(ids)]
+    return torch.stack([logp.gather(1, row[:, None]).squeeze(1) for logp, row in zip(logps, ids)])
+
+
+def deviations(
+    model, inputs: list[dict], ids: Tensor, chunk: int, completion: dict | None = None
+) -> tuple[float, float]:  # fmt: skip
+    """Return how far two stages are from each completion alone in one plain forward: log-probabilities, gradients.
+
+    chunk: completions at a time, 0: all. The gradients' deviation is relative. Asserts what must be equal.
+    """
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(4))  # distinguishes every row and token
+    logp, entropy = torch.zeros_like(weights), torch.zeros_like(weights)
+    chunks = torch.arange(len(ids)).split(chunk if chunk and virft.shares_prompt(model) else len(ids))
+
+    def loss_of(rows, chunk_logp, chunk_entropy):
+        logp[rows], entropy[rows] = chunk_logp.detach(), chunk_entropy
+        assert chunk_logp.dtype == torch.float32
+        return (chunk_logp * weights[rows]).sum()
+
+    distribution = {"temperature": TEMPERATURE, "forbidden": FORBIDDEN}
+    virft.two_stage_backward(model, batch(inputs), ids, chunks, loss_of, **distribution)
+    found = gradients(model)
+    model.zero_grad()
+    expected = oracle(model, inputs, ids, completion)
+    (expected * weights).sum().backward()
+    assert torch.equal(virft.chunked_logps(model, batch(inputs), ids, chunks, **distribution), logp)
+    assert (logp <= 0).all() and (entropy > 0).all()
+    difference = (found - gradients(model)).norm() / found.norm()
+    return float((logp - expected).abs().max()), float(difference)

@@ -23,28 +23,10 @@ import families
 import virft
 from conftest import SHARED, shared
 from extras import check, hub, processors
-from families import FAMILIES, alone, batch, gradients, prompts, scored
+from families import FAMILIES, alone, batch, completions, prompts, scored
 
-FORBIDDEN = torch.tensor([5, 17, *range(families.WORDS, families.TEXT["vocab_size"])])  # with all placeholders
 NEVER = torch.tensor([-1])  # as the EOS
-G, C, TEMPERATURE = 3, 6, 0.7
-
-
-def oracle(name: str, model, inputs: list[dict], ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the completions ids [B * G, C], each alone."""
-    return torch.stack(
-        [
-            alone(model, inputs[i // G], row, TEMPERATURE, FORBIDDEN, FAMILIES[name].completion)
-            .gather(1, row[:, None])
-            .squeeze(1)
-            for i, row in enumerate(ids)
-        ]
-    )
-
-
-def completions(inputs: list[dict], seed: int = 3) -> torch.Tensor:
-    ids = torch.randint(0, families.WORDS, (len(inputs) * G, C), generator=torch.Generator().manual_seed(seed))
-    return ids.masked_fill(torch.isin(ids, FORBIDDEN), 1)
+G, C, TEMPERATURE, FORBIDDEN = families.G, families.C, families.TEMPERATURE, families.FORBIDDEN
 
 
 def score(model, inputs: list[dict], ids: torch.Tensor) -> torch.Tensor:
@@ -52,27 +34,9 @@ def score(model, inputs: list[dict], ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_against_the_repeated_prompt(name: str, inputs: list[dict], chunk: int) -> None:
-    """Two stages, `chunk` completions at a time (0: all), against each completion alone in one plain forward."""
-    model, ids = families.model(name), completions(inputs)
-    weights = torch.randn(ids.shape)  # distinguishes every row and token: a swapped pair would show
-    logp, entropy = torch.zeros_like(weights), torch.zeros_like(weights)
-    chunks = torch.arange(len(ids)).split(chunk if chunk and virft.shares_prompt(model) else len(ids))
-
-    def loss_of(rows, chunk_logp, chunk_entropy):
-        logp[rows], entropy[rows] = chunk_logp.detach(), chunk_entropy
-        assert chunk_logp.dtype == torch.float32
-        return (chunk_logp * weights[rows]).sum()
-
-    distribution = {"temperature": TEMPERATURE, "forbidden": FORBIDDEN}
-    virft.two_stage_backward(model, batch(inputs), ids, chunks, loss_of, **distribution)
-    found = gradients(model)
-    model.zero_grad()
-    expected = oracle(name, model, inputs, ids)
-    (expected * weights).sum().backward()
-    assert (logp - expected).abs().max() < 1e-5
-    assert torch.equal(virft.chunked_logps(model, batch(inputs), ids, chunks, **distribution), logp)
-    assert (logp <= 0).all() and (entropy > 0).all()
-    assert (found - gradients(model)).norm() / found.norm() < 1e-5
+    model, beside = families.model(name), FAMILIES[name].completion
+    logp, gradient = families.deviations(model, inputs, completions(inputs), chunk, beside)
+    assert logp < 1e-5 and gradient < 1e-5
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])

@@ -23,6 +23,7 @@ import data
 import families
 import virft
 from conftest import ROOT, spread
+from extras import processors
 from families import BREAK, END, EOS, IMAGE, START, VIDEO
 
 T, PATCH, SIZE = transformers, 28, 112
@@ -273,6 +274,7 @@ def small_flags(model: Path, rows: Path) -> str:
     )
 
 
+COMPLETION = {"paligemma": families.FAMILIES["PaliGemma"].completion}
 SLOW = {"deepseek_vl_hybrid"}  # its pictures of 1024 x 1024 pixels take 25 seconds
 
 
@@ -321,6 +323,38 @@ def test_a_prompt_is_what_the_processor_makes_of_its_template(built, tmp_path):
         ids = encoder[0, i].inputs["input_ids"]
         assert torch.equal(ids, own["input_ids"]) and (ids == 96).sum() == 1
         assert torch.equal(encoder[0, i].inputs["pixel_values"], own["pixel_values"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("built", FAMILIES, indirect=True)
+def test_shared_prompts_are_exact(built, tmp_path, request, record_property):
+    """Log-probabilities and gradients as of the repeated prompt, single and padded, for what the processor returns."""
+    name, (processor, folder) = request.node.callspec.params["built"], built
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    examples, _ = data.load_examples(data.TASKS["coco"], str(write_rows(tmp_path)), "train")
+    encoder = data.Prompts(data.TASKS["coco"], examples, processor, "relative")
+    inputs = [encoder[0, i].inputs for i in (0, 1)]
+    found = []
+    for asked, chunk in ((inputs[:1], 1), (inputs, 3)):
+        found.append(families.deviations(model, asked, families.completions(asked), chunk, COMPLETION.get(name)))
+        model.zero_grad()
+    logp, gradient = map(max, zip(*found))
+    assert logp < 1e-5 and gradient < 1e-5
+    for figure, value in (
+        ("model_type", model.config.model_type), ("logp", logp), ("gradient", gradient),
+        ("shares", virft.shares_prompt(model)), ("processor", type(processor.image_processor).__name__),
+    ):  # fmt: skip
+        record_property(figure, value)
+
+
+def test_families_that_write_boxes_in_another_frame():
+    """PaliGemma is refused by name, and taken when the convention is given; decimals in 0..1 are said."""
+    siglip = images("Siglip", size=SQUARE)
+    with pytest.raises(SystemExit, match="paligemma writes boxes as location tokens, y first.*--coordinates relative"):
+        processors.inspect(siglip, "paligemma", True)
+    assert processors.inspect(siglip, "paligemma", False) == []
+    (note,) = processors.inspect(siglip, "llava_next", True)
+    assert note.startswith("released llava_next models write boxes as decimals in 0..1")
 
 
 def seen_by_the_model(images, picture: Image.Image) -> np.ndarray:
