@@ -439,7 +439,7 @@ def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
         path = next((place for place in places if place.name in listed(place.parent)), None)
         if path and users.setdefault(path, row) != row:
             raise DataError(f"{file}: images[{users[path]}] and images[{row}] are the same file {path}")
-        found.append(path or places[0])
+        found.append(path or (next(iter(users)).parent / whole.name if users else places[0]))
     if not users:
         raise DataError(f"{file}: none of its images is in {', '.join(map(str, filter(Path.is_dir, folders)))}")
     return found
@@ -456,7 +456,7 @@ def detection_examples(
     file, table, paths = annotations
     known, notes = verified or (lambda image_id, name, shown: True), []
     if others := extra("readers.exports"):
-        table = others.tidy(file, table, notes)
+        table = others.tidy(file, table, paths, notes)
     name_of = {record["id"]: record["name"] for record in table["categories"]}
     id_of = {name: category_id for category_id, name in name_of.items()}
     images, flaws = annotated_images(file, table["images"], paths)
@@ -851,7 +851,7 @@ def whole(prompts: list[Prompt | DataError]) -> list[Prompt]:
     """Return the prompts of a batch, in the main process. Raises the first error among them."""
     for prompt in prompts:
         if isinstance(prompt, DataError):
-            raise prompt
+            raise DataError(f"{prompt}. --skip_bad_images true leaves such examples out")
     return prompts
 
 

@@ -220,11 +220,13 @@ def format_reward(completion: str, solution: object = None, think: bool = True) 
     return float(_blocks(completion) == blocks and pattern.fullmatch(completion.strip()) is not None)
 
 
-def accuracy_reward(completion: str, solution: str | Sequence[str]) -> float:
+def accuracy_reward(completion: str, solution: str | float | Sequence[str]) -> float:
     """Return 1 if the answer is the class name or one of its aliases, after `normalize_name`; otherwise 0."""
     answer = parse_answer(completion)
-    names = [solution] if isinstance(solution, str) else solution
-    return float(answer is not None and normalize_name(answer) in {normalize_name(name) for name in names})
+    names = [solution] if isinstance(solution, (str, int, float)) else solution
+    # 3 and 3.0 are the text "3": rows often hold numbers.
+    accepted = [f"{name:.15g}" if isinstance(name, float) else str(name) for name in names]
+    return float(answer is not None and normalize_name(answer) in set(map(normalize_name, accepted)))
 
 
 PUNCTUATION = " .,;:!?'\"`*()[]"

@@ -864,7 +864,7 @@ class Run:
         drawn = [data.draw_examples(cfg.seed, examples, cfg.prompts_per_step, step, 0, slots) for step in todo]
         loader = DataLoader(self.prompts, batch_sampler=drawn, collate_fn=list, num_workers=cfg.workers)
         self.bar = tqdm(loader, initial=self.done, total=cfg.steps, disable=not self.main, dynamic_ncols=True)
-        for step, prompts in zip(todo, self.bar):
+        for prompts, step in zip(self.bar, todo):  # in this order the bar counts the last step too
             for flaw in {flaw for prompt in data.whole(prompts) for flaw in prompt.skipped} - seen:
                 tqdm.write(f"skipped: {flaw}")
                 seen.add(flaw)
@@ -967,6 +967,8 @@ def load_examples(cfg: Config, split: str) -> list[Example]:
         chosen["one_split"] = bool(cfg.eval_data or cfg.eval_only)
         source = cfg.eval_data or cfg.data or task.hub_data
         chosen |= {"limit": cfg.eval_limit, "eval_categories": cfg.eval_categories}
+    if split == "val" and Path(source or "").is_file() and source == cfg.data and not cfg.eval_only:
+        say(f"--eval_data {source} is what is trained on: the scores will not be of held-out examples")
     with loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
     say("\n".join(notes))
@@ -1257,12 +1259,12 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(argv)
     try:
+        held_out = load_examples(cfg, "val") if cfg.eval_every and not cfg.eval_only and not cfg.check else ()
         run = start(cfg)
         if cfg.ask:
             return extra("check", "--ask").ask(run, answer)
         if cfg.check:
             return extra("check", "--check").check(run, rollout, micro_batches)
-        held_out = load_examples(cfg, "val") if cfg.eval_every and not cfg.eval_only else ()
         open_out(run, cfg.group_size, "completions")
         if cfg.eval_only:
             extra("evaluate", "--eval_only").evaluate(run, answer, run.prompts.examples, Path(cfg.out))

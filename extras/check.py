@@ -51,9 +51,13 @@ def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[s
     if first.opening and not run.prompts.think:
         remedy = "try --template_options enable_thinking=false"
         lines.append(f"the chat template opens <think> and --think is false: {remedy}")
+    looked_for = [name for name in run.rewards or () if name in REWARDS]
+    if looked_for and "<answer>" not in describe_prompt(run, first):
+        where = "say the form in the problem, or in --system_prompt"
+        lines.append(f"the prompt does not ask for <answer>, which {', '.join(looked_for)} look for: {where}")
     if run.prompts.task.boxes:
         convention = first.example.coordinates or run.prompts.coordinates
-        lines.append(f"coordinates of the first image: {first.target[0]} x {first.target[1]} ({convention})")
+        lines.append(f"boxes of the first image are asked for in {first.target[0]} x {first.target[1]} ({convention})")
     return lines, describe_prompt(run, first).splitlines()
 
 
@@ -222,6 +226,8 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
     rollout, micro_batches: the functions of virft.py.
     """
     cfg, prompts, task, say = run.cfg, run.prompts, run.prompts.task, run.accelerator.print
+    for line in unearnable(run):
+        say(line)
     order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))
     chosen = data.whole([prompts[slot, index] for slot, index in enumerate(order)])
     size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)

@@ -33,7 +33,7 @@ from extras.shards import whole_weights
 KEEP = 2  # newest checkpoints to keep: if one is damaged, there is another
 MAY_CHANGE = (  # settings that --resume may change: paths, logging and memory; the data is compared by its content
     "out", "data", "eval_data", "pairs", "resume", "save_every", "workers", "micro_batch", "shard", "eval_every",
-    "eval_limit", "report_to",
+    "eval_limit", "report_to", "skip_bad_images",
 )  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def test_an_export_is_read_as_it_was_unpacked(tmp_path, export):
     source = export(tmp_path)
     examples, notes = read(source)
     assert found(examples) == BOTH
-    assert any("2 images, 3 boxes, 0 crowd regions, 0 images without either" in note for note in notes)
+    assert any("3 boxes, 0 crowd regions, 0 images without any" in note for note in notes)
     if export in SPLITS:
         assert found(read(source, split="val", one_split=False)[0]) == BOTH
         assert not any(e.id.startswith("train") for e in read(source, split="val")[0])
@@ -494,7 +494,10 @@ def test_rows(tmp_path, case):
     assert any("system messages" in note for note in notes) == (case == "a system message")
 
 
-@pytest.mark.parametrize("solution, answer, reward", [("-3", "3", 0.0), ("-3", "-3", 1.0), ("3", "-3", 0.0)])
+@pytest.mark.parametrize(
+    "solution, answer, reward",
+    [("-3", "3", 0.0), ("-3", "-3", 1.0), ("3", "-3", 0.0), (-3, "-3", 1.0), (3.0, "3", 1.0), (0.5, "0.5", 1.0)],
+)
 def test_a_minus_counts(solution, answer, reward):
     assert rewards.accuracy_reward(f"<answer>{answer}</answer>", solution) == reward
 
@@ -770,8 +773,14 @@ def test_a_solution_that_a_reward_cannot_read_is_named_at_the_start(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "problem": "How many?", "solution": 3}))
     examples, _ = read(tmp_path / "rows.jsonl", "rows")
-    with pytest.raises(DataError, match="rows.jsonl/0: the reward accuracy cannot read its solution 3, of type int"):
-        unearnable("rows", examples, {"accuracy": 1.0})
+    assert unearnable("rows", examples, {"accuracy": 1.0}) == [], "numbers are read as text"
+    assert unearnable("rows", examples, {"iou": 1.0}) == [
+        f"1 of 1 examples cannot earn the reward iou by their own right answer: {tmp_path}/rows.jsonl/0"
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "problem": "?", "solution": {"count": [3]}}))
+    examples, _ = read(tmp_path / "rows.jsonl", "rows")
+    with pytest.raises(DataError, match="rows.jsonl/0: the reward giou cannot read its solution .*, of type dict"):
+        unearnable("rows", examples, {"giou": 1.0})
     assert unearnable("rows", examples, {"format": 1.0}) == []
 
 
@@ -799,7 +808,7 @@ def test_the_coco_sample_is_read_by_its_file():
     folder, _ = read(source)
     examples, notes = read(source / "instances_train2017.json")
     assert [replace_id(e) for e in examples] == [replace_id(e) for e in folder] and len(examples) == 566
-    assert any("178 images, 1394 boxes, 5 crowd regions, 3 images without either" in note for note in notes)
+    assert any("178 images in" in note and "1394 boxes, 5 crowd regions, 3 images without" in note for note in notes)
 
 
 def replace_id(example):
@@ -839,3 +848,24 @@ def test_rows_train_by_the_command_line(tmp_path, llava_dir, form):
         source.write_text(json.dumps({"image": "a.png"} | ROWS[form][1]) + "\n")
     virft_py(**SMALL | {"steps": 2}, task=task, data=source, model=llava_dir, out=tmp_path / "run")
     assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_a_folder_with_one_file_of_rows_is_that_file(tmp_path):
+    picture(tmp_path / "pics" / "a.png")
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"file_name": "pics/a.png", "question": "?", "answer": 3}))
+    (example,), notes = read(tmp_path, "rows")
+    assert example.solution == 3 and any("columns read are file_name, question, answer" in note for note in notes)
+    with pytest.raises(DataError, match="the rows of .* name no categories"):
+        read(tmp_path, "rows", categories="dog")
+    (tmp_path / "more.jsonl").write_text("")
+    with pytest.raises(DataError, match="reads rows, from .*, of which it has .*more.jsonl, .*questions.jsonl"):
+        read(tmp_path, "rows")
+
+
+def test_a_table_that_holds_paths_of_lost_images_says_so(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    objects = {"bbox": [DOG, CAT], "category": ["dog", "cat"]}
+    row = {"image": "/gone/a.png", "width": 60, "height": 40, "objects": objects}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(DataError, match="/gone/a.png: no such image; the table holds its path only"):
+        read(tmp_path / "data.parquet")

@@ -33,24 +33,27 @@ def score(model, inputs: list[dict], ids: torch.Tensor) -> torch.Tensor:
     return scored(model, batch(inputs), ids, TEMPERATURE, FORBIDDEN)[0]
 
 
-def check_against_the_repeated_prompt(name: str, inputs: list[dict], chunk: int) -> None:
+def check_against_the_repeated_prompt(name: str, inputs: list[dict], chunk: int, record=lambda name, value: None):
+    """record: pytest's record_property, for bench/family_table.py."""
     model, beside = families.model(name), FAMILIES[name].completion
     logp, gradient = families.deviations(model, inputs, completions(inputs), chunk, beside)
     assert logp < 1e-5 and gradient < 1e-5
+    for figure, value in (("logp", logp), ("gradient", gradient), ("shares", virft.shares_prompt(model))):
+        record(figure, value)
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_one_prompt_equals_the_repeated_prompt(name, chunk):
+def test_one_prompt_equals_the_repeated_prompt(name, chunk, record_property):
     """[1] Log-probabilities and gradients of a group, after a prompt with several images."""
-    check_against_the_repeated_prompt(name, prompts(name)[1:], chunk)
+    check_against_the_repeated_prompt(name, prompts(name)[1:], chunk, record_property)
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_shared_prefix_equals_the_repeated_prompt(name, chunk):
+def test_shared_prefix_equals_the_repeated_prompt(name, chunk, record_property):
     """[1, 10] The same for prompts of unequal length with unequal images, left-padded into one batch."""
-    check_against_the_repeated_prompt(name, prompts(name), chunk)
+    check_against_the_repeated_prompt(name, prompts(name), chunk, record_property)
 
 
 @pytest.mark.parametrize("name", ["LLaVA-NeXT", "Idefics3", "GLM-4V"])
@@ -329,7 +332,7 @@ def test_a_missing_package_is_named_in_one_line(error, remedy):
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_the_real_processor_without_torchvision_names_it():
     with pytest.raises(SystemExit, match=r"^model .+ needs a package that is not installed: pip install torchvision$"):
-        settings = SimpleNamespace(model=str(SHARED / "qwen2_5_vl_processor"), max_pixels=401408, processor_options=[])
+        settings = SimpleNamespace(model=str(SHARED / "qwen2_5_vl_processor"), task="coco")
         virft.load_processor(settings, "auto")
 
 
@@ -338,7 +341,7 @@ def test_the_real_qwen2_5_vl_processor_and_configuration(tmp_path):
     """Its template, tokenizer, image processor and token ids, with a model of its vocabulary made tiny."""
     pytest.importorskip("torchvision", reason="transformers builds Qwen-VL's processors only with torchvision")
     folder = SHARED / "qwen2_5_vl_processor"
-    settings = SimpleNamespace(model=str(folder), max_pixels=401408, processor_options=[])
+    settings = SimpleNamespace(model=str(folder), task="coco", max_pixels=401408, processor_options=[])
     processor, coordinates, _ = virft.load_processor(settings, "auto")
     assert coordinates == "pixels"
 

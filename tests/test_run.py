@@ -101,7 +101,7 @@ def test_the_batch_arithmetic_and_the_prompt_are_printed(trained):
     _, printed = trained
     assert "4 prompts a step = 1 processes x 4, 2 encoded at once; x 4 completions = 16 a step" in printed
     assert "SYSTEM: Look." in printed and "Find every" in printed and "<image> x 16" in printed
-    assert "coordinates of the first image: 1000 x 1000 (relative)" in printed
+    assert "boxes of the first image are asked for in 1000 x 1000 (relative)" in printed
     assert "--group_size 4" in printed and "--temperature" not in printed and "are trained" in printed
     described = printed[printed.index("settings other") : printed.index("ASSISTANT:")]
     assert described.count("\n") < 25
@@ -410,7 +410,7 @@ def test_what_is_missing_is_said(llava_dir, shapes_dir, tmp_path):
 def test_the_family_is_read_from_the_configuration_not_from_the_path(llava_dir, tmp_path, capsys):
     """[23]"""
     folder = shutil.copytree(llava_dir, tmp_path / "Qwen2.5-VL-7B-Instruct")
-    settings = SimpleNamespace(model=str(folder), max_pixels=401408, processor_options=[])
+    settings = SimpleNamespace(model=str(folder), task="coco", max_pixels=401408, processor_options=[])
     assert virft.load_processor(settings, "auto")[1] == "relative"
     assert virft.load_processor(settings, "pixels")[1] == "pixels"
     config = json.loads((folder / "config.json").read_text())

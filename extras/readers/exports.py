@@ -41,7 +41,11 @@ def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
         if any(any(path.glob(sign)) for sign in TABLE_SIGNS):
             return rows
         if task.read is None:
-            raise DataError(f"--data {source}: --task {task.name} reads rows, from {', '.join(FILES)}. {ROW_LAYOUT}")
+            files = [file for file in sorted(path.iterdir()) if file.suffix in FILES and not file.name.startswith(".")]
+            if len(files) != 1:
+                endings = f"{', '.join(FILES)}{f', of which it has {few(files)}' if files else ''}"
+                raise DataError(f"{source}: --task {task.name} reads rows, from {endings}. {ROW_LAYOUT}")
+            return lambda source, split, choice: read_rows(task, str(files[0]), split, choice)
         return task.read
     if not path.exists():
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and kind not in (*FILES, *ARCHIVES):
@@ -98,8 +102,10 @@ def is_coco(file: Path) -> bool:
     return all(f'"{part}"' in text for part in ("images", "annotations", "categories", "bbox"))
 
 
-def tidy(file: Path, table: dict[str, list], notes: list[str]) -> dict[str, list]:
+def tidy(file: Path, table: dict[str, list], paths: list, notes: list[str]) -> dict[str, list]:
     """Return the lists of a COCO file as COCO itself writes them; add to the notes what the file holds.
+
+    paths: the file of each image.
 
     Numbers written as text or as 7.0 become integers, and ids refer to those of their list. Raises DataError for
     what would be read wrongly: shared ids, boxes that are not [x, y, width, height] in pixels.
@@ -123,8 +129,9 @@ def tidy(file: Path, table: dict[str, list], notes: list[str]) -> dict[str, list
         notes.append(f"{file}: all annotations have iscrowd 1: they are taken as single objects")
         annotations, crowds = [a | {"iscrowd": 0} for a in annotations], 0
     empty = len(size_of.keys() - {a["image_id"] for a in annotations})
-    counts = f"{len(images)} images, {len(annotations) - crowds} boxes, {crowds} crowd regions"
-    notes.append(f"{file}: {counts}, {empty} images without either")
+    folder = f" in {paths[0].parent}" if paths and isinstance(paths[0], Path) else ""
+    counts = f"{len(annotations) - crowds} boxes, {crowds} crowd regions, {empty} images without any"
+    notes.append(f"{file}: {len(images)} images{folder}, {counts}; an example asks for one category of an image")
     return {"images": images, "annotations": annotations, "categories": categories}
 
 

@@ -129,6 +129,10 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
             continue
         examples.append(replace(example, id=f"{source}/{number}", image_id=number))
     leave_out(source, flaws, choice, notes, "rows")
+    read = {kind: next((n for n in COLUMNS[kind] if n in first), "-") for kind in ("images", "problem", "solution")}
+    notes.append(f"{source}: columns read are {', '.join(read.values())}")
+    if choice.categories and {example.category for example in examples} == {"object"}:
+        raise DataError(f"--categories {choice.categories}: the rows of {source} name no categories")
     numbers = {name: i for i, name in enumerate(sorted({example.category for example in examples}), 1)}
     wanted = set(wanted_categories(source, list(numbers), choice.categories))
     return [replace(e, category_id=numbers[e.category]) for e in examples if e.category in wanted], notes
@@ -270,6 +274,8 @@ def object_examples(source: str, rows: list, folder: Path, split: str, choice: C
     for number, (where, row) in enumerate(rows):
         try:
             found, (path, *_) = objects_of(row), images_of(row, folder)
+            if isinstance(path, Path) and not path.is_file():
+                raise DataError(f"{path}: no such image; the table holds its path only")
             size = (row["width"], row["height"]) if row.get("width") and row.get("height") else image_size(path)
         except DataError as error:
             flaws.append(f"{where}: {error}")
