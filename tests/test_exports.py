@@ -777,10 +777,10 @@ def test_a_solution_that_a_reward_cannot_read_is_named_at_the_start(tmp_path):
     assert unearnable("rows", examples, {"iou": 1.0}) == [
         f"1 of 1 examples cannot earn the reward iou by their own right answer: {tmp_path}/rows.jsonl/0"
     ]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "problem": "?", "solution": {"count": [3]}}))
-    examples, _ = read(tmp_path / "rows.jsonl", "rows")
-    with pytest.raises(DataError, match="rows.jsonl/0: the reward giou cannot read its solution .*, of type dict"):
-        unearnable("rows", examples, {"giou": 1.0})
+    with pytest.raises(DataError, match="/0: the reward published_accuracy cannot read its solution 3, of type int"):
+        unearnable("rows", examples, {"published_accuracy": 1.0})
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "problem": "?", "solution": {"count": 3}}))
+    assert "1 of 1 examples cannot earn" in unearnable("rows", read(tmp_path / "rows.jsonl", "rows")[0], {"accuracy": 1})[0]
     assert unearnable("rows", examples, {"format": 1.0}) == []
 
 
