@@ -325,8 +325,9 @@ def test_a_prompt_is_what_the_processor_makes_of_its_template(built, tmp_path):
         assert torch.equal(encoder[0, i].inputs["pixel_values"], own["pixel_values"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("built", FAMILIES, indirect=True)
+@pytest.mark.parametrize(
+    "built", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES], indirect=True
+)
 def test_shared_prompts_are_exact(built, tmp_path, request, record_property):
     """Log-probabilities and gradients as of the repeated prompt, single and padded, for what the processor returns."""
     name, (processor, folder) = request.node.callspec.params["built"], built
@@ -336,7 +337,8 @@ def test_shared_prompts_are_exact(built, tmp_path, request, record_property):
     inputs = [encoder[0, i].inputs for i in (0, 1)]
     found = []
     for asked, chunk in ((inputs[:1], 1), (inputs, 3)):
-        found.append(families.deviations(model, asked, families.completions(asked), chunk, COMPLETION.get(name)))
+        ids, rounding = families.completions(asked), 1e-5 if name in SLOW else 0.0
+        found.append(families.deviations(model, asked, ids, chunk, COMPLETION.get(name), rounding))
         model.zero_grad()
     logp, gradient = map(max, zip(*found))
     assert logp < 1e-5 and gradient < 1e-5
