@@ -61,6 +61,20 @@ def parse_answer(completion: str) -> str | None:
 def parse_detections(completion: str) -> list[tuple[Box, float]] | None:
     """Return the (box, confidence) pairs of a detection answer, highest confidence first, each box once.
 
+    A repeated box gets its highest confidence, not its first, so that the order of the text does not matter.
+    None as `written_detections` does.
+    """
+    if (found := written_detections(completion)) is None:
+        return None
+    confidence_of: dict[Box, float] = {}
+    for box, confidence in found:
+        confidence_of[box] = max(confidence, confidence_of.get(box, 0.0))
+    return sorted(confidence_of.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+def written_detections(completion: str) -> list[tuple[Box, float]] | None:
+    """Return the (box, confidence) pairs of a detection answer as they are written, repeated boxes too.
+
     `No Objects` and `[]` give the empty list. A malformed answer gives None: anything but a whole list, a box that is
     reversed or empty, a number that is not finite, a confidence outside [0, 1].
     """
@@ -76,7 +90,7 @@ def parse_detections(completion: str) -> list[tuple[Box, float]] | None:
     if not (text.startswith("[") and text.endswith("]")):
         return None
     body = text[1:-1].strip()
-    confidence_of: dict[Box, float] = {}
+    pairs: list[tuple[Box, float]] = []
     at = 0
     while at < len(body):
         found = _DETECTION.match(body, at)
@@ -85,14 +99,13 @@ def parse_detections(completion: str) -> list[tuple[Box, float]] | None:
         *corners, confidence = map(float, found.groups())
         if not (is_box(corners) and 0.0 <= confidence <= 1.0):
             return None
-        # A repeated box gets its highest confidence, not its first, so that the order of the text does not matter.
-        confidence_of[tuple(corners)] = max(confidence, confidence_of.get(tuple(corners), 0.0))
+        pairs.append((tuple(corners), confidence))
         at = found.end()
         if comma := _COMMA.match(body, at):
             at = comma.end()
         elif at < len(body):
             return None
-    return sorted(confidence_of.items(), key=lambda pair: (-pair[1], pair[0]))
+    return pairs
 
 
 def parse_grounding(completion: str) -> Box | None:
@@ -189,6 +202,19 @@ def iou_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 
     return math.fsum(match(detections, solution, iou_threshold)) / max(len(detections), len(solution))
 
 
+def f1_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 0.5) -> float:
+    """Return F1 of P = sum of matched IoU / predictions and R = the same sum / targets, in [0, 1] (arXiv 2510.12798).
+
+    Boxes are matched one to one whatever their confidence, and a repeated box counts: one target and its box twice
+    earn 2/3. 1 for a right `No Objects`. Without a threshold, a box over everything earns a little.
+    """
+    found = written_detections(completion)
+    if found is None:
+        return 0.0
+    matched = match([(box, 1.0) for box, _ in found], solution, iou_threshold)
+    return 2.0 * math.fsum(matched) / (len(found) + len(solution)) if found or solution else 1.0
+
+
 def confidence_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 0.5) -> float:
     """Return the mean over predictions of c if matched, 1 - c if not (Visual-RFT eq. 4 and 5), in [0, 1].
 
@@ -229,14 +255,20 @@ def accuracy_reward(completion: str, solution: str | float | Sequence[str]) -> f
     return float(answer is not None and normalize_name(answer) in set(map(normalize_name, accepted)))
 
 
-PUNCTUATION = " .,;:!?'\"`*()[]"
+def non_repeat_reward(completion: str, solution: object = None) -> float:
+    """Return 0 if a sentence before <answer> is repeated, 1 otherwise (after VisionReasoner, arXiv 2505.12081).
+
+    Sentences are compared without case, white space and punctuation. It invites empty thoughts, which earn 1.
+    """
+    thought = re.sub("</?think>", " ", completion.partition("<answer>")[0])
+    sentences = [words for part in re.split(r"[.!?;\n]", thought) if (words := normalize_name(part))]
+    return float(len(set(sentences)) == len(sentences))
 
 
 def normalize_name(name: str) -> str:
     """Remove the differences between spellings of a name: case, white space, `_`, `-` and punctuation at the ends."""
-    name = name.casefold().strip(PUNCTUATION)
-    minus = "-" if re.match(r"-[.\d]", name) else ""  # of a number
-    return minus + " ".join(re.sub(r"[\s_-]", " ", name).strip(PUNCTUATION).split())
+    words = " ".join(re.sub(r"[\s_-]", " ", name.casefold()).strip(" .,;:!?'\"`*()[]").split())
+    return f"-{words}" if re.match(r"[\s\"'(]*-[.\d]", name) else words  # the minus of a number stays
 
 
 def published_accuracy(completion: str, solution: str | Sequence[str]) -> float:
@@ -265,6 +297,8 @@ REWARDS = {
     "accuracy": accuracy_reward,
     "published_accuracy": published_accuracy,
     "giou": giou_reward,
+    "f1": f1_reward,
+    "non_repeat": non_repeat_reward,
 }
 
 
@@ -300,10 +334,28 @@ def answer_shares(texts: Sequence[str], parse: Callable) -> dict[str, float]:
     return {name: sum(found) / max(1, len(texts)) for name, found in signs.items()}
 
 
+def score_group(reward: Callable, completions: Sequence[str], solution: object, **context) -> list[float]:
+    """Score the completions of one prompt; `context` goes to a reward that has a parameter of such a name.
+
+    A reward that returns None abstains: the mean of the others stands in; 0 if all abstain.
+    """
+    given = {name: context[name] for name in asked_for(reward) & context.keys()}
+    values = [reward(completion, solution, **given) for completion in completions]
+    known = [value for value in values if value is not None]
+    mean = math.fsum(known) / len(known) if known else 0.0
+    return [float(mean if value is None else value) for value in values]
+
+
+def asked_for(reward: Callable) -> set[str]:
+    """Return the names of a reward's parameters after completion and solution."""
+    return set(list(inspect.signature(reward).parameters)[2:])
+
+
 def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Callable[[str, object], float], float]]:
     """Look up rewards by name: {name: (reward(completion, solution), weight)}.
 
     weights: {name in REWARDS or `file.py:function`: weight}. settings: passed to rewards that have such a parameter.
+    A reward may also have the parameters `example`, `images` and `iou_threshold`, which `score_group` gives.
     Raises ValueError for an unknown name, and as load_reward does.
     """
     chosen = {}
@@ -318,8 +370,8 @@ def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Cal
             raise ValueError(f"unknown reward {name}; known are {known}, and file.py:function for your own")
         if name in chosen:
             raise ValueError(f"two rewards are called {name}, the name of their column in metrics.jsonl: rename yours")
-        takes = list(inspect.signature(reward).parameters)[2:]
-        chosen[name] = (partial(reward, **{key: settings[key] for key in takes if key in settings}), weight)
+        given = {key: settings[key] for key in asked_for(reward) & settings.keys()}
+        chosen[name] = (partial(reward, **given), weight)
     return chosen
 
 
@@ -338,14 +390,15 @@ def load_reward(name: str) -> Callable[..., float]:
         raise ValueError(f"{file} has no function {function}; expected {expected}")
     signature = inspect.signature(reward)
     try:
-        signature.bind("completion", "solution")
+        signature.bind("completion", "solution", **dict.fromkeys({"example", "images"} & signature.parameters.keys()))
     except TypeError as error:
         call = f"{function}(completion, solution)"
         raise ValueError(f"{file}: {function}{signature} cannot be called as {call} ({error})") from None
 
     @wraps(reward)
-    def checked(completion: str, solution: object, **settings) -> float:
-        value = reward(completion, solution, **settings)
+    def checked(completion: str, solution: object, **settings) -> float | None:
+        if (value := reward(completion, solution, **settings)) is None:
+            return None
         try:
             number = float(value)
         except (TypeError, ValueError):

@@ -166,6 +166,42 @@ def test_grounding(name, text, expected):
     assert rewards.giou_reward(raw(text), A) == pytest.approx(expected)
 
 
+F1 = [  # name, completion, targets, F1
+    ("exact", answer((A, 0.1)), [A], 1.0),
+    ("the same box twice: P 1/2, R 1", answer((A, 0.9), (A, 0.9)), [A], 2 / 3),
+    ("one of two targets: P 1, R 1/2", answer((A, 0.9)), [A, B], 2 / 3),
+    ("one box too many", answer((A, 0.9), (C, 0.9)), [A], 2 / 3),
+    ("IoU counts", answer((A_SHIFTED, 0.8)), [A], 9 / 11),
+    ("the better box takes the target, whatever its confidence", answer((A_SHIFTED, 0.9), (A, 0.1)), [A], 2 / 3),
+    ("wrong place", answer((C, 0.9)), [A], 0.0),
+    ("absent, and said so", answer(), [], 1.0),
+    ("absent, but a box was given", answer((A, 0.7)), [], 0.0),
+    ("present, but No Objects", answer(), [A], 0.0),
+    ("malformed", raw("[1, 2, 3, 4]"), [A], 0.0),
+]
+
+
+@pytest.mark.parametrize("name, completion, targets, expected", F1, ids=ids(F1))
+def test_f1(name, completion, targets, expected):
+    assert rewards.f1_reward(completion, targets) == pytest.approx(expected)
+
+
+NON_REPEAT = [  # name, completion, reward
+    ("different sentences", "<think>A cat. A dog.</think><answer>2</answer>", 1.0),
+    ("a sentence twice", "<think>A cat. A dog. a  CAT!</think><answer>2</answer>", 0.0),
+    ("lines are sentences", "<think>a cat\na cat</think><answer>2</answer>", 0.0),
+    ("repeated words in one sentence", "<think>a cat, a cat</think><answer>2</answer>", 1.0),
+    ("the answer may repeat the thought", "<think>two.</think><answer>two.</answer>", 1.0),
+    ("no thought: invited", "<think></think><answer>2</answer>", 1.0),
+    ("never ends", "<think>again. again. again", 0.0),
+]
+
+
+@pytest.mark.parametrize("name, completion, expected", NON_REPEAT, ids=ids(NON_REPEAT))
+def test_non_repeat(name, completion, expected):
+    assert rewards.non_repeat_reward(completion) == expected
+
+
 def test_threshold_is_a_setting():
     completion = answer((A_HALF, 0.8))
     assert rewards.iou_reward(completion, [A], iou_threshold=0.4) == pytest.approx(0.5)
@@ -271,7 +307,7 @@ def has_reversed_box(completion: str) -> bool:
 # ------------------------------------------------------------------------------------------------
 # What holds for any text.
 
-RANGES = {"iou": 1, "confidence": 1, "brier": 1, "format": 1, "accuracy": 1, "published_accuracy": 1, "giou": 2}
+RANGES = dict.fromkeys(REWARDS, 1) | {"giou": 2}
 SOLUTIONS = {"accuracy": ["rose"], "published_accuracy": ["rose"], "giou": [A]}
 
 PIECES = (

@@ -69,7 +69,7 @@ from transformers.hf_argparser import string_to_bool
 
 import data
 from data import CONVENTIONS, MIN_PIXELS, TASKS, DataError, Example, Prompt, Prompts, extra
-from rewards import answer_shares, choose_rewards, reward_weights
+from rewards import answer_shares, asked_for, choose_rewards, reward_weights, score_group
 
 
 def setting(default: Any, help: str, heading: str | None = None, **rules) -> Any:
@@ -102,7 +102,10 @@ class Config:
     processor_options: list[str] = setting([], "NAME=VALUE for the image processor, as max_patches=4")
 
     rewards: list[str] = setting([], "NAME=WEIGHT, as iou=1 my.py:my_reward=2; default: the task's", "The algorithm")
-    iou_threshold: float = setting(0.5, "a box counts as found if its IoU is above this", least=0, below=1)
+    iou_threshold: list[float] = setting([0.5], "IoU above which a box is found; several: in phases", least=0, below=1)
+    normalize: str = setting("sum", "what is normalized in a group: rewards' sum or each", choices=("sum", "each"))
+    resample: int = setting(0, "rounds in which groups of equal rewards are replaced by fresh prompts", least=0)
+    sft: bool = setting(False, "train on the right answers (supervised, without sampling), to compare with")
     group_size: int = setting(8, "completions per prompt, G; they are compared with each other", least=2)
     max_completion_tokens: int = setting(512, "maximum tokens of a completion; longer ones are truncated", least=2)
     temperature: float = setting(1.0, "temperature of sampler and scorer alike", above=0)
@@ -549,7 +552,8 @@ class Rollout(NamedTuple):
     texts: list[str]  # N
     parts: dict[str, Tensor]  # each reward by name, [B, G]
     rewards: Tensor  # their weighted sum, [B, G]
-    advantages: Tensor  # [N]
+    advantages: Tensor | None = None  # [N]
+    thrown_away: int = 0  # groups of equal rewards that --resample has replaced
 
     def rows(self, step: int) -> list[dict]:
         """Return a line of rollouts.jsonl for each completion."""
@@ -578,11 +582,26 @@ class MicroBatch(NamedTuple):
 
 def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     """Take items 2 to 4 of the list at the top: sample, reward, compare. A group is never split among processes."""
+    cfg, ro = run.cfg, sampled(run, prompts, step)
+    if cfg.resample:
+        ro = extra("variants", "--resample").resample(run, ro, step, sampled)
+    scale = cfg.loss != "dr_grpo" if cfg.scale_advantages == "auto" else cfg.scale_advantages == "true"
+    # Truncated completions stay in the group's mean. They usually earn little: without them the mean would rise, and
+    # the advantage of completions that ended would fall.
+    if cfg.normalize == "each":
+        advantages = extra("variants", "--normalize each").normalize_each(run, ro.parts, scale, group_advantages)
+    else:
+        advantages = group_advantages(ro.rewards, scale)
+    run.lap("reward")
+    return ro._replace(advantages=advantages.flatten().to(run.device))
+
+
+def sampled(run: "Run", prompts: list[Prompt], step: int, round: int = 0) -> Rollout:
+    """Sample G completions of each prompt and score them (items 2 and 3); round: see data.draw_examples."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.sampling(), run.gathered():
-        # The slot is in the key because with few examples one can come twice in a step. The 0 is the round, see
-        # data.draw_examples.
-        keys = [f"{cfg.seed}/{step}/0/{p.slot}/{p.example.id}" for p in prompts]
+        # The slot is in the key because with few examples one can come twice in a step.
+        keys = [f"{cfg.seed}/{step}/{round}/{p.slot}/{p.example.id}" for p in prompts]
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         inputs, limit = run.collate(prompts), cfg.max_completion_tokens
         # The sampler's log-probabilities are not used as log pi_old: decoding rounds differently than scoring (bf16:
@@ -591,20 +610,19 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
         # different distribution is not corrected.
         ids, logp = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution, capture=run.capture)
     run.lap("sample")
+    return judged(run, prompts, ids, logp, step)
+
+
+def judged(run: "Run", prompts: list[Prompt], ids: Tensor, logp: Tensor, step: int) -> Rollout:
+    """Score completions (item 3); ids, logp [N, C]: the same number for each prompt, in order."""
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
+    texts, G = run.decode(ids, mask), len(ids) // len(prompts)
     # For the rewards only: training uses the sampled ids, never text tokenized again.
-    texts = [prompts[i // G].whole_answer(text) for i, text in enumerate(run.decode(ids, mask))]
-    parts = {
-        name: torch.tensor([float(reward(text, prompts[i // G].solution)) for i, text in enumerate(texts)]).view(-1, G)
-        for name, (reward, _) in run.rewards.items()
-    }
+    texts = [prompts[i // G].whole_answer(text) for i, text in enumerate(texts)]
+    scores = [run.score(p, texts[i * G : (i + 1) * G], step) for i, p in enumerate(prompts)]
+    parts = {name: torch.tensor([score[name] for score in scores]) for name in run.rewards}  # each [B, G]
     rewards = sum(weight * parts[name] for name, (_, weight) in run.rewards.items())
-    scale = cfg.loss != "dr_grpo" if cfg.scale_advantages == "auto" else cfg.scale_advantages == "true"
-    # Truncated completions stay in the group's mean. They usually earn little: without them the mean would rise, and
-    # the advantage of completions that ended would fall.
-    advantages = group_advantages(rewards, scale).flatten().to(run.device)
-    run.lap("reward")
-    return Rollout(prompts, ids, logp, mask, truncated, texts, parts, rewards, advantages)
+    return Rollout(prompts, ids, logp, mask, truncated, texts, parts, rewards)
 
 
 def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
@@ -613,7 +631,7 @@ def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
     The reference scores each micro-batch here, once for all inner epochs. Completions that are masked as a whole go
     through all passes too, so that every process makes the same calls.
     """
-    cfg, G, parts, lengths = run.cfg, run.cfg.group_size, [], ro.mask.sum(1).tolist()
+    cfg, G, parts, lengths = run.cfg, ro.rewards.shape[1], [], ro.mask.sum(1).tolist()
     counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
     weights, divisor = NORMALIZATIONS[cfg.loss](counted, cfg.max_completion_tokens)
     at_once = max(1, cfg.micro_batch // G)
@@ -653,7 +671,8 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
                 loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
                 metrics.add("loss", loss.detach(), 0)  # its count is the divisor, added once per epoch below
-                found = {"kl": kl, "clip_fraction": clipped, "entropy": entropy, "sampler_gap": gap}
+                found = {"kl": kl, "clip_fraction": clipped, "entropy": entropy}
+                found |= {"cross_entropy": -old} if cfg.sft else {"sampler_gap": gap}
                 for name, values in found.items():
                     metrics.add(name, torch.where(mask, values, 0).sum(), mask.sum())
                 return loss / divisor
@@ -671,15 +690,20 @@ def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
     lengths, N = ro.mask.sum(1), len(ro.texts)
     same = (ro.rewards == ro.rewards[:, :1]).all(1)  # advantages 0: nothing to learn but the KL term
     values = [("reward", ro.rewards), *((f"reward/{name}", part) for name, part in ro.parts.items())]
-    values += [("reward_std", ro.rewards.std(1)), ("zero_variance_groups", same)]  # per group
+    if not run.cfg.sft:
+        values += [("reward_std", ro.rewards.std(1)), ("zero_variance_groups", same)]  # per group
     values += [("completion_tokens", lengths), ("truncated", ro.truncated)]
     metrics = Averages()
+    if run.cfg.resample:
+        metrics.put("resampled_groups", ro.thrown_away * run.accelerator.num_processes)
+    if len(run.cfg.iou_threshold) > 1:
+        metrics.put("iou_threshold", run.threshold(run.done + 1))
     for name, value in values:
         metrics.put(name, value.sum(), value.numel())
     for name, share in answer_shares(ro.texts, run.prompts.task.parse).items():
         metrics.put(name, share * N, N)
     # `reduce` adds up tokens and seconds over processes, which sample at the same time: hence the factor.
-    metrics.put("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds["sample"])
+    metrics.put("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds.get("sample", 0))
     return metrics
 
 
@@ -728,12 +752,15 @@ def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
     cfg, out, report = run.cfg, Path(run.cfg.out), extra("report")
     with guarded(run) as stopping:
         for step, prompts in run.steps():
-            ro = rollout(run, prompts, step)
+            if cfg.sft:
+                ro = extra("variants", "--sft").supervised(run, prompts, step, judged)
+            else:
+                ro = rollout(run, prompts, step)
             metrics = update(run, ro)
             write(run, step, metrics, ro.rows(step), shown=("reward", "kl", "completion_tokens"))
             if report and run.main and due(step, PICTURE_EVERY):
                 picture = out / "pictures" / f"step_{step:06d}.png"
-                report.draw_answer(run.prompts.task, prompts[0], ro.texts[0], picture)
+                report.draw_answer(run.prompts.task, ro.prompts[0], ro.texts[0], picture)
             if held_out and due(step, cfg.eval_every):
                 extra("evaluate", "--eval_every").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
             stop = stopping()
@@ -804,6 +831,18 @@ class Run:
     def collate(self, prompts: list[Prompt]) -> dict[str, Tensor]:
         batch = data.collate(prompts, self.prompts.processor.tokenizer.pad_token_id or 0)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def threshold(self, step: int) -> float:
+        """Return the --iou_threshold of a step: phases of equal length, so a resumed run needs no state."""
+        phases = self.cfg.iou_threshold
+        return phases[min(len(phases) - 1, (step - 1) * len(phases) // self.cfg.steps)]
+
+    def score(self, prompt: Prompt, texts: Sequence[str], step: int | None = None) -> dict[str, list[float]]:
+        """Score completions of one prompt by each reward; step: of training, None: the last phase, for evaluation."""
+        context = {"example": prompt.example, "iou_threshold": self.threshold(step or self.cfg.steps)}
+        if any("images" in asked_for(reward) for reward, _ in self.rewards.values()):
+            context["images"] = data.open_images(prompt.example)
+        return {name: score_group(r, texts, prompt.solution, **context) for name, (r, _) in self.rewards.items()}
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         """Return the texts of completions, without the EOS and the padding after it.
@@ -1058,7 +1097,7 @@ def start(cfg: Config) -> Run:
     accelerator, task, trains = connect(cfg), TASKS[cfg.task], not (cfg.eval_only or cfg.ask)
     try:
         weights = reward_weights(cfg.rewards) or task.rewards
-        rewards = choose_rewards(weights, iou_threshold=cfg.iou_threshold, think=cfg.think)
+        rewards = choose_rewards(weights, think=cfg.think)
     except ValueError as error:
         raise SystemExit(f"--rewards {' '.join(cfg.rewards)}: {error}") from None
     processor, coordinates, positions = load_processor(cfg, cfg.coordinates)
@@ -1241,13 +1280,18 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     cfg = parse(Config, argv, usage=usage, description="ViRFT: GRPO for vision-language models with verifiable rewards")
     # Adapters start as no change at all and are few: they need a higher rate than the weights themselves.
     cfg.lr = cfg.lr or (1e-5 if cfg.lora_rank else 1e-6)
-    for flag, module in (("save_every", "checkpoints"), ("eval_every", "evaluate")):
+    cfg.beta = 0.0 if cfg.sft and cfg.beta == Config.beta else cfg.beta
+    variants = [(flag, "variants") for flag in ("resample", "sft")]
+    for flag, module in (("save_every", "checkpoints"), ("eval_every", "evaluate"), *variants):
         if getattr(cfg, flag):
             extra(module, f"--{flag}")  # now, not at the step that needs it
     evaluates = cfg.eval_only or cfg.ask
     unfinished = cfg.eval_only and extra("evaluate", "--eval_only").unfinished(Path(cfg.out), asdict(cfg))
     obey(cfg, [
         ("clip", len(cfg.clip) in (1, 2) and cfg.clip[0] < 1, "one or two numbers, the first below 1"),
+        ("iou_threshold", cfg.iou_threshold, "one or more numbers"),
+        ("inner_epochs", not cfg.sft or cfg.inner_epochs == 1, "1 with --sft, whose rho is 1"),
+        ("beta", not cfg.sft or cfg.beta in (0, Config.beta), "0 with --sft"),
         ("resume", not (cfg.resume and evaluates), "false with --eval_only and --ask"),
         ("check", not (cfg.check and evaluates), "false with --eval_only and --ask"),
         ("ask", cfg.categories or not (cfg.ask and TASKS[cfg.task].asks_for), "together with --categories"),

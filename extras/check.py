@@ -1,6 +1,7 @@
 """Inspect a run before training: describe it, sample some answers (--check), ask about a picture (--ask)."""
 
 import contextlib
+import math
 import random
 import re
 import resource
@@ -17,7 +18,7 @@ import torch
 import data
 from data import DataError, Example, Prompt, Prompts, Task, boxes_in, model_size, open_image, to_pixels
 from extras.report import draw_answer
-from rewards import REWARDS, answer_shares, box_iou
+from rewards import REWARDS, answer_shares, box_iou, score_group
 
 CHECKED = 16  # number of examples that --check samples answers for
 PROMPT_LINES = 12  # lines of the first prompt that are printed at the start of a run
@@ -46,6 +47,9 @@ def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[s
     settings = asdict(cfg)
     changed = [f"--{name} {value}" for name, value in settings.items() if value != getattr(default, name)]
     lines = [f"settings other than the defaults: {' '.join(changed)}"]
+    if len(phases := getattr(cfg, "iou_threshold", ())) > 1:
+        starts = [1 + math.ceil(i * cfg.steps / len(phases)) for i in range(len(phases))]
+        lines.append("iou_threshold " + ", ".join(f"{t} from step {start}" for t, start in zip(phases, starts)))
     if run.optimizer:
         lines += [describe_steps(run, per_prompt, what), *answers_too_long(run, first), *unearnable(run)]
     if first.opening and not run.prompts.think:
@@ -113,7 +117,7 @@ def unearnable(run: Any) -> list[str]:
         solution = data.model_solution(example, target)
         for name, reward in rewards.items():
             try:
-                if reward(answer, solution):
+                if score_group(reward, [answer], solution, iou_threshold=run.cfg.iou_threshold[-1])[0]:
                     continue
             except Exception as error:
                 kind = type(solution).__name__
@@ -226,6 +230,7 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
     rollout, micro_batches: the functions of virft.py.
     """
     cfg, prompts, task, say = run.cfg, run.prompts, run.prompts.task, run.accelerator.print
+    cfg.resample = 0  # the chosen examples are looked at, whatever they earn
     for line in unearnable(run):
         say(line)
     order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))

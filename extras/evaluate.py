@@ -363,7 +363,7 @@ def evaluate(
                 prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
             batch = []
             for prompt, text in zip(prompts, answer(run, whole(prompts)) if prompts else []):
-                parts = {name: reward(text, prompt.solution) for name, (reward, _) in run.rewards.items()}
+                parts = {name: values[0] for name, values in run.score(prompt, [text]).items()}
                 batch.append({"row": prompt.slot} | record(task, prompt.example, prompt.target, text, parts))
             append_rows(own_predictions(out, accelerator.process_index), batch)
             records += batch

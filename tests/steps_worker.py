@@ -78,6 +78,17 @@ def odd_rollouts(run: virft.Run) -> dict[str, float]:
     return skipped
 
 
+def resampled(run: virft.Run) -> tuple[list, int]:
+    """A rollout with --resample and --normalize each whose rewards are equal in some groups, on unequal processes."""
+    rewards, run.cfg.resample, run.cfg.normalize = run.rewards, 2, "each"
+    long = lambda completion, solution: float(len(completion) > 75)  # noqa: E731
+    run.rewards = {"long": (long, 1.0), "vowels": (lambda completion, solution: completion.count("1") // 4, 0.5)}
+    ro = virft.rollout(run, next(run.steps())[1], 1)
+    run.rewards, run.cfg.resample, run.cfg.normalize = rewards, 0, "sum"
+    rows = [record | {"advantage": round(record["advantage"], 4)} for record in gather_object(ro.rows(1))]
+    return sorted(rows, key=lambda record: json.dumps(record)), sum(gather_object([ro.thrown_away]))
+
+
 def main() -> None:
     out, flags = Path(sys.argv[1]), sys.argv[2:]
     gathers = 0
@@ -99,6 +110,7 @@ def main() -> None:
     gathers = 0
     virft.rollout(run, next(run.steps())[1], 1)
     facts["gathers in a rollout"] = gathers
+    facts["resampled"], facts["thrown away"] = resampled(run)
     run.cfg.mask_truncated = True
     facts["skipped"] = odd_rollouts(run)
     weights = torch.cat([t.flatten() for t in whole(run, False).values()])

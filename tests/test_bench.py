@@ -10,8 +10,9 @@ import torch
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import test_processors
 import virft
-from bench import gpu, smolvlm, vs_trl
+from bench import family_table, gpu, smolvlm, vs_trl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,3 +136,48 @@ def test_smolvlm_has_the_image_tokens_of_the_released_model(tiles, image_tokens,
     run = virft.start(virft.parse_config(list(map(str, settings))))
     ids = run.prompts[0, 0].inputs["input_ids"]
     assert (ids == run.model.config.image_token_id).sum() == image_tokens
+
+
+def test_the_table_of_families_has_a_row_for_each_that_passed():
+    """Families of which a test failed, or which recorded no figures, have none; the worst figure of several counts."""
+    recorded = {"logp": "1e-6", "gradient": "2e-6", "shares": "True", "processor": "XImageProcessorPil"}
+    cases = [
+        ("test_shared_prompts_are_exact[qwen2_vl]", True, recorded | {"model_type": "qwen2_vl"}),
+        ("test_boxes[qwen2_vl]", True, {}),
+        ("test_shared_prompts_are_exact[aria]", True, recorded | {"model_type": "aria"}),
+        ("test_boxes[aria]", False, {}),
+        ("test_one_prompt_equals_the_repeated_prompt[LFM2-VL-0]", True, recorded | {"shares": "False"}),
+        ("test_one_prompt_equals_the_repeated_prompt[LFM2-VL-3]", True, recorded | {"logp": "3e-6", "shares": "False"}),
+        ("test_boxes[gemma3]", True, {}),
+    ]
+    rows = family_table.table(cases)[2:]
+    assert rows == [
+        "| `lfm2_vl` | none: its image processor exists for torchvision only | in sampling | 3.0e-6 | 2.0e-6 | "
+        "0..1000, not known | none was found |",
+        "| `qwen2_vl` | `XImageProcessor` | yes | 1.0e-6 | 2.0e-6 | 0..1000 | model cards and cookbooks |",
+    ]
+
+
+def test_the_table_in_the_docs_has_every_family():
+    page = (ROOT / "docs" / "models.md").read_text()
+    lines = page.partition(family_table.BEGIN)[2].partition(family_table.END)[0].strip().splitlines()[2:]
+    assert len(lines) == len(test_processors.FAMILIES) + len(family_table.BY_HAND) == 27
+
+
+def test_arms_of_the_comparison_are_good_settings(tmp_path):
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "demo" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    shared = f"{compare.COMMON} {compare.TRAINING} --steps 3 --out {tmp_path / 'run'}"
+    parsed = {name: virft.parse_config(f"{shared} {flags}".split()) for name, flags in compare.ARMS.items() if flags}
+    assert len({repr(cfg) for cfg in parsed.values()}) == len(compare.ARMS) - 1, "no two arms are the same"
+    assert all((cfg.steps, cfg.group_size, cfg.lr) == (3, 8, 2.5e-4) for cfg in parsed.values())
+    assert compare.cell([0.5]) == "0.500" and compare.cell([0.1, 0.3, 0.2]) == "0.200 (0.100-0.300)"
+
+
+def test_a_finished_arm_is_not_run_again(tmp_path):
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "demo" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    (tmp_path / "figures.json").write_text('{"iou": 0.25}')
+    assert compare.run_arm(tmp_path, tmp_path / "no_data", "", 0, 3) == {"iou": 0.25}

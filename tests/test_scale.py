@@ -66,6 +66,13 @@ def test_two_processes_sample_and_learn_as_one(steps, engine, loss):
 
 
 @pytest.mark.parametrize("engine", ["copies", "shards"])
+def test_two_processes_resample_and_normalize_as_one(steps, engine):
+    """The same groups are thrown away, the same fresh prompts take their place, advantages are over all processes."""
+    (_, one), (_, two) = steps["one"], steps[engine]
+    assert one["resampled"] == two["resampled"] and one["thrown away"] == two["thrown away"] > 0
+
+
+@pytest.mark.parametrize("engine", ["copies", "shards"])
 def test_what_one_process_meets_alone_neither_hangs_nor_splits_the_others(steps, engine):
     """[17, 18] A group without variance, all truncated, only empty completions, a gradient that is not finite."""
     facts = steps[engine][1]

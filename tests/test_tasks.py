@@ -631,7 +631,7 @@ def one(completion): return 1.0
 def three(completion, solution, image): return 1.0
 def good(completion, solution, think=True): return float(think)
 def iou(completion, solution): return 1
-def nothing_at_all(completion, solution): pass
+def words(completion, solution): return "good"
 def not_a_number(completion, solution): return float("nan")
 """
 
@@ -645,11 +645,11 @@ def test_rewards_that_cannot_be_used_are_named(tmp_path, monkeypatch, name):
         virft.start(virft.parse_config(["--rewards", *entry.split()]))
 
 
-@pytest.mark.parametrize("function", ["nothing_at_all", "not_a_number"])
+@pytest.mark.parametrize("function", ["words", "not_a_number"])
 def test_what_a_reward_returns_is_checked(tmp_path, function):
     (tmp_path / "mine.py").write_text(MINE)
     chosen = rewards.choose_rewards({f"{tmp_path}/mine.py:{function}": 1.0})
-    with pytest.raises(ValueError, match=rf"mine\.py: {function} returned \w+, not a finite number, for 'some text'"):
+    with pytest.raises(ValueError, match=rf"mine\.py: {function} returned [\w']+, not a finite number, for 'some text'"):
         chosen[function][0]("some text", None)
     settings = rewards.choose_rewards({f"{tmp_path}/mine.py:good": 1.0}, think=False, iou_threshold=0.3)
     assert settings["good"][0]("some text", None) == 0.0, "a setting that it takes is passed"
