@@ -456,7 +456,7 @@ def detection_examples(
     file, table, paths = annotations
     known, notes = verified or (lambda image_id, name, shown: True), []
     if others := extra("readers.exports"):
-        table = others.tidy(file, table, paths, notes)
+        table = others.tidy(file, table, paths, choice, notes)
     name_of = {record["id"]: record["name"] for record in table["categories"]}
     id_of = {name: category_id for category_id, name in name_of.items()}
     images, flaws = annotated_images(file, table["images"], paths)

@@ -206,7 +206,7 @@ def f1_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 0
     """Return F1 of P = sum of matched IoU / predictions and R = the same sum / targets, in [0, 1] (arXiv 2510.12798).
 
     Boxes are matched one to one whatever their confidence, and a repeated box counts: one target and its box twice
-    earn 2/3. 1 for a right `No Objects`. Without a threshold, a box over everything earns a little.
+    earn 2/3. 1 for a right `No Objects`. With iou_threshold 0, a box around the whole image earns a little.
     """
     found = written_detections(completion)
     if found is None:
@@ -258,10 +258,10 @@ def accuracy_reward(completion: str, solution: str | float | Sequence[str]) -> f
 def non_repeat_reward(completion: str, solution: object = None) -> float:
     """Return 0 if a sentence before <answer> is repeated, 1 otherwise (after VisionReasoner, arXiv 2505.12081).
 
-    Sentences are compared without case, white space and punctuation. It invites empty thoughts, which earn 1.
+    Sentences of two words or more are compared without case and punctuation. It invites empty thoughts: they earn 1.
     """
     thought = re.sub("</?think>", " ", completion.partition("<answer>")[0])
-    sentences = [words for part in re.split(r"[.!?;\n]", thought) if (words := normalize_name(part))]
+    sentences = [words for part in re.split(r"[.!?;]\s|\n", thought) if " " in (words := normalize_name(part))]
     return float(len(set(sentences)) == len(sentences))
 
 
@@ -390,7 +390,8 @@ def load_reward(name: str) -> Callable[..., float]:
         raise ValueError(f"{file} has no function {function}; expected {expected}")
     signature = inspect.signature(reward)
     try:
-        signature.bind("completion", "solution", **dict.fromkeys({"example", "images"} & signature.parameters.keys()))
+        given = {"example", "images", "iou_threshold"} & signature.parameters.keys()
+        signature.bind("completion", "solution", **dict.fromkeys(given))
     except TypeError as error:
         call = f"{function}(completion, solution)"
         raise ValueError(f"{file}: {function}{signature} cannot be called as {call} ({error})") from None

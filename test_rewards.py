@@ -193,7 +193,9 @@ NON_REPEAT = [  # name, completion, reward
     ("repeated words in one sentence", "<think>a cat, a cat</think><answer>2</answer>", 1.0),
     ("the answer may repeat the thought", "<think>two.</think><answer>two.</answer>", 1.0),
     ("no thought: invited", "<think></think><answer>2</answer>", 1.0),
-    ("never ends", "<think>again. again. again", 0.0),
+    ("never ends", "<think>a cat. a cat. a cat", 0.0),
+    ("decimal points end no sentence", "<think>x is 12.5. y is 7.5.</think><answer>2</answer>", 1.0),
+    ("single words, as after `e.g.`", "<think>e.g. a cat, e.g. a dog. Yes. Yes.</think><answer>2</answer>", 1.0),
 ]
 
 

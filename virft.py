@@ -600,7 +600,8 @@ def sampled(run: "Run", prompts: list[Prompt], step: int, round: int = 0) -> Rol
     """Sample G completions of each prompt and score them (items 2 and 3); round: see data.draw_examples."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.sampling(), run.gathered():
-        # The slot is in the key because with few examples one can come twice in a step.
+        # The slot is in the key because with few examples one can come twice in a step, and the round because
+        # --resample may draw an example again.
         keys = [f"{cfg.seed}/{step}/{round}/{p.slot}/{p.example.id}" for p in prompts]
         noise = sampling_noise(keys, G, cfg.max_completion_tokens).to(run.device)
         inputs, limit = run.collate(prompts), cfg.max_completion_tokens
@@ -614,7 +615,7 @@ def sampled(run: "Run", prompts: list[Prompt], step: int, round: int = 0) -> Rol
 
 
 def judged(run: "Run", prompts: list[Prompt], ids: Tensor, logp: Tensor, step: int) -> Rollout:
-    """Score completions (item 3); ids, logp [N, C]: the same number for each prompt, in order."""
+    """Score completions (item 3). ids, logp [N, C]: G for each prompt, in order; with --sft G is 1."""
     mask, truncated = completion_mask(ids, run.eos), ~torch.isin(ids, run.eos).any(1)
     texts, G = run.decode(ids, mask), len(ids) // len(prompts)
     # For the rewards only: training uses the sampled ids, never text tokenized again.
@@ -622,6 +623,7 @@ def judged(run: "Run", prompts: list[Prompt], ids: Tensor, logp: Tensor, step: i
     scores = [run.score(p, texts[i * G : (i + 1) * G], step) for i, p in enumerate(prompts)]
     parts = {name: torch.tensor([score[name] for score in scores]) for name in run.rewards}  # each [B, G]
     rewards = sum(weight * parts[name] for name, (_, weight) in run.rewards.items())
+    run.lap("reward")
     return Rollout(prompts, ids, logp, mask, truncated, texts, parts, rewards)
 
 
@@ -841,7 +843,7 @@ class Run:
         """Score completions of one prompt by each reward; step: of training, None: the last phase, for evaluation."""
         context = {"example": prompt.example, "iou_threshold": self.threshold(step or self.cfg.steps)}
         if any("images" in asked_for(reward) for reward, _ in self.rewards.values()):
-            context["images"] = data.open_images(prompt.example)
+            context["images"] = data.open_images(prompt.example)  # a Prompt holds what the processor made of them
         return {name: score_group(r, texts, prompt.solution, **context) for name, (r, _) in self.rewards.items()}
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
@@ -1291,6 +1293,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         ("clip", len(cfg.clip) in (1, 2) and cfg.clip[0] < 1, "one or two numbers, the first below 1"),
         ("iou_threshold", cfg.iou_threshold, "one or more numbers"),
         ("inner_epochs", not cfg.sft or cfg.inner_epochs == 1, "1 with --sft, whose rho is 1"),
+        ("resample", not (cfg.sft and cfg.resample), "0 with --sft, which samples nothing"),
+        ("normalize", not (cfg.sft and cfg.normalize == "each"), "sum with --sft, which compares nothing"),
         ("beta", not cfg.sft or cfg.beta in (0, Config.beta), "0 with --sft"),
         ("resume", not (cfg.resume and evaluates), "false with --eval_only and --ask"),
         ("check", not (cfg.check and evaluates), "false with --eval_only and --ask"),
@@ -1309,7 +1313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return extra("check", "--ask").ask(run, answer)
         if cfg.check:
             return extra("check", "--check").check(run, rollout, micro_batches)
-        open_out(run, cfg.group_size, "completions")
+        open_out(run, 1 if cfg.sft else cfg.group_size, "completions")
         if cfg.eval_only:
             extra("evaluate", "--eval_only").evaluate(run, answer, run.prompts.examples, Path(cfg.out))
         else:

@@ -238,7 +238,8 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
     size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # exclude loading, which holds the whole model before it is sharded
-    rollouts = [rollout(run, chosen[at : at + size], 1) for at in range(0, len(chosen), size)]
+    # The last step, whose --iou_threshold is evaluation's too.
+    rollouts = [rollout(run, chosen[at : at + size], cfg.steps) for at in range(0, len(chosen), size)]
     first = rollouts[0]
     run.backward(micro_batches(run, first)[0][0], lambda rows, logp, entropy: logp.sum())
     run.optimizer.zero_grad(set_to_none=True)

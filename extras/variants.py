@@ -20,7 +20,8 @@ def resample(run: Any, ro: Any, step: int, sampled: Callable) -> Any:
     """
     cfg, thrown_away = run.cfg, 0
     for round in range(1, cfg.resample + 1):
-        flat = (ro.rewards == ro.rewards[:, :1]).all(1).nonzero().flatten().tolist()
+        compared = torch.stack(list(ro.parts.values()) if cfg.normalize == "each" else [ro.rewards])  # [rewards, B, G]
+        flat = (compared == compared[..., :1]).all(2).all(0).nonzero().flatten().tolist()
         count = torch.tensor(len(flat), device=run.device)
         if not run.accelerator.reduce(count, "sum"):
             break

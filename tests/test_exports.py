@@ -175,6 +175,28 @@ def test_an_export_is_read_as_it_was_unpacked(tmp_path, export):
         assert found(read(source, split="val")[0]) == BOTH, "--eval_data or --eval_only names it"
 
 
+def test_a_crowd_written_as_a_float_is_a_crowd(tmp_path):
+    content = table()
+    content["annotations"][0]["iscrowd"] = 1.0
+    write(tmp_path / "my.json", content)
+    (example,) = [e for e in read(tmp_path / "my.json", eval_categories="all")[0] if e.id == "train/1/dog"]
+    assert example.solution == () and example.crowds == (CORNERS["dog"],)
+
+
+def test_the_last_word_of_a_path_names_its_split(tmp_path):
+    write(tmp_path / "crash-test" / "train" / "my.json", table())
+    assert found(read(tmp_path)[0]) == BOTH
+    with pytest.raises(DataError, match="no file for validation"):
+        read(tmp_path, split="val", one_split=False)
+
+
+def test_corners_in_a_coco_file_are_read_if_they_are_declared(tmp_path):
+    content = table()
+    every("annotations", "bbox", corners)(content)
+    write(tmp_path / "my.json", content)
+    assert found(read(tmp_path / "my.json", box_format="xyxy")[0]) == BOTH
+
+
 def test_two_files_that_could_be_meant_are_named(tmp_path):
     write(tmp_path / "one.json", table(), tmp_path)
     write(tmp_path / "two.json", table(), tmp_path)
@@ -256,6 +278,7 @@ ODD = {
     "two records of one file": (in_first("images", file_name="b.jpg"), r"images\[0\] and images\[1\] are the same"),
     "all crowds (CVAT's masks)": (every("annotations", "iscrowd", lambda c: 1), None),
     "iscrowd as text": (in_first("annotations", iscrowd="0"), None),
+    "iscrowd as float, and no other box": (every("annotations", "iscrowd", lambda c: 1.0), None),
     "NaN": (in_first("annotations", bbox=[5, float("nan"), 20, 20]), r"annotations\[0\] of image 1 .* is not finite"),
     "infinite": (in_first("annotations", bbox=[5, 6, float("inf"), 20]), "is not finite"),
     "null in a box": (in_first("annotations", bbox=[5, 6, None, 20]), "has no .x, y, width, height. in pixels"),
@@ -604,6 +627,54 @@ def test_detection_tables_of_several_images_have_negatives_and_shots(tmp_path):
         read(tmp_path / "data.parquet", "flowers")
 
 
+@pytest.mark.parametrize(
+    "objects, message",
+    [
+        (None, "objects expected"),
+        ({"bbox": [DOG], "category": [None]}, "objects need bbox"),
+        ({"bbox": [DOG], "category": []}, "objects need bbox"),
+        ("dog", "objects expected"),
+    ],
+)
+def test_objects_with_missing_values_are_named(tmp_path, objects, message):
+    picture(tmp_path / "a.png")
+    whole = {"image": "a.png", "objects": {"bbox": [DOG, CAT], "category": ["dog", "cat"]}}
+    lines = [whole, {"image": "a.png", "objects": objects}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=f"line 2: {message}"):
+        read(tmp_path / "rows.jsonl")
+    examples, notes = read(tmp_path / "rows.jsonl", skip_bad_images=True)
+    assert {e.category for e in examples} == {"dog", "cat"} and any("1 rows skipped" in note for note in notes)
+
+
+def test_a_table_without_splits_is_trained_on_only(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": Image.new("RGB", SIZE), "question": "?", "answer": str(i)} for i in range(3)]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "dict")
+    for name in ("one", "dict"):
+        assert len(read(tmp_path / name, "rows")[0]) == len(read(tmp_path / name, "rows", split="val")[0]) == 3
+        with pytest.raises(DataError, match="--eval_data"):
+            read(tmp_path / name, "rows", split="val", one_split=False)
+
+
+def test_a_column_of_splits_divides_a_table_too(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image, splits = Image.new("RGB", SIZE), ("train", "test", "train", None)
+    rows = [{"image": image, "question": "?", "answer": str(i), "split": s} for i, s in enumerate(splits)]
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "data.parquet")
+    assert [e.solution for e in read(tmp_path / "data.parquet", "rows")[0]] == ["0", "2", "3"]
+    assert [e.solution for e in read(tmp_path / "data.parquet", "rows", split="val")[0]] == ["1"]
+
+
+def test_an_empty_class_is_not_taken_from_another_column(tmp_path):
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "labels.csv").write_text("file,label,species\na.jpg,beagle,dog\na.jpg,,cat\n")
+    with pytest.raises(DataError, match="line 3: solution 'None': expected a class name"):
+        read(tmp_path / "labels.csv", "classes")
+
+
 def test_objects_without_names(tmp_path):
     datasets = pytest.importorskip("datasets")
     objects = {"bbox": [DOG], "category": [7]}
@@ -750,7 +821,8 @@ def unearnable(task: str, examples, names, coordinates="relative", **settings):
     encoder = SimpleNamespace(task=TASKS[task], examples=examples, coordinates=coordinates, think=True)
     encoder.frame = lambda size, convention=None: size
     chosen = rewards.choose_rewards(names, **settings)
-    return check.unearnable(SimpleNamespace(prompts=encoder, rewards=chosen, cfg=SimpleNamespace(seed=0)))
+    cfg = SimpleNamespace(seed=0, iou_threshold=[0.5])
+    return check.unearnable(SimpleNamespace(prompts=encoder, rewards=chosen, cfg=cfg))
 
 
 def test_examples_that_cannot_earn_are_counted(tmp_path):
@@ -796,7 +868,8 @@ def test_only_some_are_tried_where_the_frame_is_asked_of_the_processor(tmp_path)
 
     asked = SimpleNamespace(task=TASKS["coco"], examples=examples, coordinates="pixels", think=True)
     asked.frame = lambda size, convention=None: tried.append(size) or size
-    run = SimpleNamespace(prompts=asked, rewards=rewards.choose_rewards({"iou": 1.0}), cfg=SimpleNamespace(seed=0))
+    cfg = SimpleNamespace(seed=0, iou_threshold=[0.5])
+    run = SimpleNamespace(prompts=asked, rewards=rewards.choose_rewards({"iou": 1.0}), cfg=cfg)
     assert check.unearnable(run) == [] and len(tried) == 256
 
 

@@ -649,7 +649,8 @@ def test_rewards_that_cannot_be_used_are_named(tmp_path, monkeypatch, name):
 def test_what_a_reward_returns_is_checked(tmp_path, function):
     (tmp_path / "mine.py").write_text(MINE)
     chosen = rewards.choose_rewards({f"{tmp_path}/mine.py:{function}": 1.0})
-    with pytest.raises(ValueError, match=rf"mine\.py: {function} returned [\w']+, not a finite number, for 'some text'"):
+    said = rf"mine\.py: {function} returned [\w']+, not a finite number, for 'some text'"
+    with pytest.raises(ValueError, match=said):
         chosen[function][0]("some text", None)
     settings = rewards.choose_rewards({f"{tmp_path}/mine.py:good": 1.0}, think=False, iou_threshold=0.3)
     assert settings["good"][0]("some text", None) == 0.0, "a setting that it takes is passed"

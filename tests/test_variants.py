@@ -163,6 +163,17 @@ def test_a_group_without_variance_is_replaced_by_a_fresh_prompt(make_run):
     assert metrics["resampled_groups"] == 1 and metrics["zero_variance_groups"] == 0
 
 
+def test_a_group_that_only_its_sum_makes_flat_is_kept_where_each_reward_counts(make_run):
+    turn = [iter(range(100)), iter(range(100))]
+    for normalize, thrown_away in (("each", 0), ("sum", 4)):
+        run = make_run(resample=1, prompts_per_step=4, normalize=normalize)
+        run.rewards = {
+            "odd": (lambda completion, solution: float(next(turn[0]) % 2), 1.0),
+            "even": (lambda completion, solution: 1.0 - next(turn[1]) % 2, 1.0),
+        }
+        assert virft.rollout(run, first_prompts(run, 4), 1).thrown_away == thrown_away
+
+
 def test_resampling_ends_after_its_rounds_where_nothing_varies(make_run):
     run = make_run(resample=2, prompts_per_step=4)
     run.rewards = {"same": (lambda completion, solution: 1.0, 1.0)}
@@ -284,7 +295,12 @@ def test_sft_lowers_the_cross_entropy_and_saves_a_model(shapes_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "flags, right",
-    [("--inner_epochs 2", "--inner_epochs 2: must be 1 with"), ("--beta 0.1", "--beta 0.1: must be 0 with --sft")],
+    [
+        ("--inner_epochs 2", "--inner_epochs 2: must be 1 with"),
+        ("--resample 1", "--resample 1: must be 0 with --sft"),
+        ("--normalize each", "--normalize each: must be sum with --sft"),
+        ("--beta 0.1", "--beta 0.1: must be 0 with --sft"),
+    ],
 )
 def test_settings_that_do_not_go_with_sft(flags, right, tmp_path):
     with pytest.raises(SystemExit, match=right):

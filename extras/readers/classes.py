@@ -85,7 +85,7 @@ def labels_file(root: Path, split: str) -> list[Labeled]:
         return []
     rows = file_rows(files[0])
     for where, row in rows:
-        if not isinstance(row, dict) or not isinstance(column(row, "images"), str):
+        if not isinstance(column(row, "images"), str):
             raise DataError(f"{where}: file and class_name expected, and split if it has more than one; found {row}")
     there = {str(column(row, "split") or "train") for _, row in rows}
     name = pick_split(files[0], split, there, f"Its rows have split {', '.join(sorted(there))}; see --eval_data")

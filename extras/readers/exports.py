@@ -66,18 +66,19 @@ def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
 def coco_export(source: Path, split: str, choice: Choice) -> Path:
     """Return the COCO file that --data names, or the one of a split in a folder as it was exported and unpacked.
 
-    A file belongs to a split if its path within the folder has a word such as `train` or `valid`. A file without such
-    a word is one split: for training, or for what it is named for. Raises DataError if there is no file, or several.
+    A file belongs to a split if its path within the folder has a word such as `train` or `valid`; the last one counts.
+    A file without such a word is used for training, or for evaluation if --eval_data or --eval_only names it. Raises
+    DataError if there is no file, or several.
     """
     if source.is_file():
         return whole_file(source, split, choice)
     if not source.is_dir():
         raise DataError(f"{source}: no such folder. {COCO_LAYOUT}")
     files = islice((file for depth in ("", "*/", "*/*/") for file in sorted(source.glob(f"{depth}*.json"))), 100)
-    found = [(file, words_of(file.relative_to(source))) for file in files if is_coco(file)]
-    groups = [[file for file, words in found if words & set(group)] for group in SPLITS[split]]
+    found = [(file, split_word(file.relative_to(source))) for file in files if is_coco(file)]
+    groups = [[file for file, word in found if word in group] for group in SPLITS[split]]
     if split == "train" or choice.one_split:
-        groups.append([file for file, words in found if not words & SPLIT_WORDS])
+        groups.append([file for file, word in found if not word])
     chosen = next((group for group in groups if group), [])
     if len(chosen) == 1:
         return chosen[0]
@@ -90,8 +91,9 @@ def coco_export(source: Path, split: str, choice: Choice) -> Path:
     raise DataError(f"{source}: no COCO file for {split}{only}. {not found and foreign(source) or COCO_LAYOUT}")
 
 
-def words_of(path: Path) -> set[str]:
-    return set(re.findall("[a-z]+", str(path).lower()))
+def split_word(path: Path) -> str | None:
+    """Return the last word of a path that names a split, None without one."""
+    return next((word for word in re.findall("[a-z]+", str(path).lower())[::-1] if word in SPLIT_WORDS), None)
 
 
 def is_coco(file: Path) -> bool:
@@ -102,13 +104,12 @@ def is_coco(file: Path) -> bool:
     return all(f'"{part}"' in text for part in ("images", "annotations", "categories", "bbox"))
 
 
-def tidy(file: Path, table: dict[str, list], paths: list, notes: list[str]) -> dict[str, list]:
+def tidy(file: Path, table: dict[str, list], paths: list, choice: Choice, notes: list[str]) -> dict[str, list]:
     """Return the lists of a COCO file as COCO itself writes them; add to the notes what the file holds.
 
-    paths: the file of each image.
-
-    Numbers written as text or as 7.0 become integers, and ids refer to those of their list. Raises DataError for
-    what would be read wrongly: shared ids, boxes that are not [x, y, width, height] in pixels.
+    Widths and heights written as text or as 64.0 become integers; image_id and category_id take the form of the ids
+    that they refer to. Raises DataError for what would be read wrongly: shared ids, boxes that are not
+    [x, y, width, height] in pixels, or with --box_format xyxy [x1, y1, x2, y2]. paths: the file of each image.
     """
     used = {id_key(a["category_id"]) for a in table["annotations"]}
     categories, category_of = unique(file, "categories", table["categories"], used)
@@ -119,10 +120,12 @@ def tidy(file: Path, table: dict[str, list], paths: list, notes: list[str]) -> d
         a | {
             "image_id": image_of.get(id_key(a["image_id"]), a["image_id"]),
             "category_id": category_of.get(id_key(a["category_id"]), a["category_id"]),
-            "iscrowd": int(str(a.get("iscrowd")) in ("1", "True")),
+            "iscrowd": int(id_key(a.get("iscrowd")) in ("1", "True")),
         }
         for a in table["annotations"]
     ]  # fmt: skip
+    if choice.box_format == "xyxy":
+        annotations = [a | {"bbox": sides_of(a.get("bbox"))} for a in annotations]
     look_at_boxes(file, annotations, size_of)
     crowds = sum(a["iscrowd"] for a in annotations)
     if crowds and crowds == len(annotations):  # CVAT writes iscrowd 1 for every mask
@@ -133,6 +136,15 @@ def tidy(file: Path, table: dict[str, list], paths: list, notes: list[str]) -> d
     counts = f"{len(annotations) - crowds} boxes, {crowds} crowd regions, {empty} images without any"
     notes.append(f"{file}: {len(images)} images{folder}, {counts}; an example asks for one category of an image")
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def sides_of(box: Any) -> Any:
+    """Return [x, y, width, height] for [x1, y1, x2, y2]; what is no box stays, to be reported with its image."""
+    try:
+        x1, y1, x2, y2 = map(float, box)
+    except (TypeError, ValueError):
+        return box
+    return [x1, y1, x2 - x1, y2 - y1]
 
 
 def id_key(value: Any) -> str:
@@ -148,8 +160,8 @@ def whole_number(value: Any) -> Any:
 def unique(file: Path, part: str, rows: list[dict], used: set[str] | None) -> tuple[list[dict], dict[str, Any]]:
     """Return the records, and {id_key: id}. Raises DataError if two share an id, or two categories a name.
 
-    used: the id_keys that matter; others that share something are left out: Roboflow's root often has the name of
-    the only class. None: all matter.
+    used: the id_keys that annotations use. An unused category that shares an id or a name is dropped: Roboflow's root
+    often has the name of the only class. None: all count as used.
     """
     kept, first, ids = [], {}, {}
     for record in sorted(rows, key=lambda record: used is not None and id_key(record["id"]) not in used):
@@ -175,7 +187,8 @@ def look_at_boxes(file: Path, annotations: list[dict], size_of: dict[Any, tuple]
             continue
     outside = next((box for box in boxes if box[0] + box[2] > box[4] or box[1] + box[3] > box[5]), None)
     if outside and all(x1 < x2 <= width and y1 < y2 <= height for x1, y1, x2, y2, width, height in boxes):
-        raise DataError(f"{file}: bbox {list(outside[:4])} lies outside its image; all look like [x1, y1, x2, y2]")
+        looks = "all look like [x1, y1, x2, y2]: --box_format xyxy"
+        raise DataError(f"{file}: bbox {list(outside[:4])} lies outside its image; {looks}")
     if boxes and max(max(box[:4]) for box in boxes) <= 1:
         raise DataError(f"{file}: every bbox lies in 0..1; [x, y, width, height] in pixels expected")
 
@@ -203,7 +216,8 @@ def foreign(path: Path) -> str:
 def whole_images(examples: list[Example], choice: Choice, notes: list[str], most: int = 2000) -> list[Example]:
     """Read the headers of at most `most` image files, drawn by seed; return the examples whose images are whole.
 
-    The others are read when they come. Raises DataError for a bad one, unless --skip_bad_images leaves it out.
+    Other images are checked when a step opens them. Raises DataError for a bad one, unless --skip_bad_images leaves it
+    out.
     """
     sizes = {image: None for e in examples for image in e.images if isinstance(image, Path)}
     sizes |= {e.images[0]: e.size for e in examples if e.images[0] in sizes}

@@ -41,13 +41,14 @@ from data import (
 from extras.readers.choose import pick_split, whole_file
 from rewards import Box, is_box, parse_answer, parse_detections, parse_grounding
 
+SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
 # What a row holds -> the names of its column; the first that is there is read.
 COLUMNS = {
     "images": ("image", "image_path", "images", "file_name", "filename", "file", "path", "img"),
     "problem": ("problem", "prompt", "conversations", "messages", "question"),
     "solution": ("solution", "answer", "answers", "ground_truth"),
     "class": ("class_name", "label", "class", "category", "species", "fine_label"),
-    "split": ("split", "subset"),
+    "split": ("split",),
 }
 ROW_LAYOUT = """A row has image (or image_path, or a list images), problem and solution.
 Image files are relative to the folder of the rows; the problem may mark the place of each image with <image>.
@@ -56,9 +57,9 @@ Other names of columns: docs/tasks.md."""
 
 
 def column(row: Any, kind: str) -> Any:
-    """Return the value of the first column of COLUMNS[kind] that a row has and that is not empty; None without one."""
-    row = row if isinstance(row, dict) else {}
-    return next((row[name] for name in COLUMNS[kind] if row.get(name) not in (None, "", [])), None)
+    """Return the value of the first column of COLUMNS[kind] that a row has; None if it has none, or if it is empty."""
+    value = next((row[name] for name in COLUMNS[kind] if name in row), None) if isinstance(row, dict) else None
+    return None if value == "" else value
 
 
 def file_lines(file: Path) -> list[tuple[str, str]]:
@@ -68,7 +69,7 @@ def file_lines(file: Path) -> list[tuple[str, str]]:
 
 
 def file_rows(file: Path) -> list[tuple[str, Any]]:
-    """Return the (place, row) of every row of a .json (a list), .jsonl or .csv file; the latter begins with names."""
+    """Return the (place, row) of every row of a .json (a list), .jsonl or .csv file; a CSV begins with column names."""
     if file.suffix == ".json":
         table = read_json(file)
         if not isinstance(table, list):
@@ -102,21 +103,22 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
     path, folder = Path(source), Path(source).parent
     if path.is_file() and path.suffix != ".parquet":
         rows = file_rows(path)
-        if any(column(row, "split") for _, row in rows):
-            there = {column(row, "split") for _, row in rows}
-            name = pick_split(source, split, there, f"Its rows have {', '.join(map(str, there))}; see --eval_data")
-            rows = [(where, row) for where, row in rows if column(row, "split") == name]
-        else:
+        if not any(column(row, "split") in SPLIT_NAMES for _, row in rows):
             whole_file(path, split, choice)
     else:
-        rows = list(extra_reader(f"--data {source}", "tables", "table_rows", source, split))
-        folder = path if path.is_dir() else whole_file(path, split, choice).parent if path.is_file() else folder
+        rows = list(extra_reader(f"--data {source}", "tables", "table_rows", source, split, choice))
+        folder = path if path.is_dir() else folder
+    splits = [column(row, "split") or "train" for _, row in rows]  # a row without one is for training
+    if any(column(row, "split") in SPLIT_NAMES for _, row in rows):
+        hint = f"Its rows have split {', '.join(sorted(set(map(str, splits))))}; see --eval_data"
+        name = pick_split(source, split, splits, hint)
+        rows = [row for row, of in zip(rows, splits) if of == name]
     first = next((row for _, row in rows if isinstance(row, dict)), {})
     if "objects" in first:
         if task.metric != "detection":
             raise DataError(f"{source}: its rows hold objects with boxes, for --task coco, not {task.name}")
         return object_examples(source, rows, folder, split, choice)
-    if task.metric == "classification" and column(first, "problem") is None:
+    if task.metric == "classification" and all(column(row, "problem") is None for _, row in rows):
         labels = [(where, file_of(row, folder), column(row, "class")) for where, row in rows]
         return extra_reader(f"--data {source}", "classes", "class_examples", path, labels, split, choice)
     refuse(choice, f"the rows of {source} are chosen already", "shots", "negatives", "eval_categories")
@@ -276,7 +278,8 @@ def object_examples(source: str, rows: list, folder: Path, split: str, choice: C
             found, (path, *_) = objects_of(row), images_of(row, folder)
             if isinstance(path, Path) and not path.is_file():
                 raise DataError(f"{path}: no such image; the table holds its path only")
-            size = (row["width"], row["height"]) if row.get("width") and row.get("height") else image_size(path)
+            sides = (row.get("width"), row.get("height"))
+            size = sides if all(isinstance(side, int) and side > 0 for side in sides) else image_size(path)
         except DataError as error:
             flaws.append(f"{where}: {error}")
             continue
@@ -295,7 +298,7 @@ def object_examples(source: str, rows: list, folder: Path, split: str, choice: C
     if names and all(str(name).isdecimal() for name in names):
         raise DataError(f"{source}: its categories are numbers, {few(names)}; a model can only be asked for names")
     table = {"images": images, "annotations": annotations, "categories": [{"id": n, "name": n} for n in names]}
-    examples, more = detection_examples((Path(source), table, paths), split, choice)
+    examples, more = detection_examples((Path(source), table, paths), split, replace(choice, box_format="auto"))
     number_of = {name: i for i, name in enumerate(names, 1)}
     return [replace(e, category_id=number_of[e.category_id]) for e in examples], [*notes, f"{source}: {why}", *more]
 
@@ -303,16 +306,19 @@ def object_examples(source: str, rows: list, folder: Path, split: str, choice: C
 def objects_of(row: Any) -> list[tuple[Any, str]]:
     """Return the (box, category) of each object of a row. Raises DataError."""
     objects = row.get("objects") if isinstance(row, dict) else None
-    if isinstance(objects, list):
-        objects = {key: [o.get(key) for o in objects] for key in {key for o in objects for key in o}}
-    objects = objects or {"bbox": [], "category": []}
+    if isinstance(objects, list) and all(isinstance(o, dict) for o in objects):
+        keys = {key for o in objects for key in o} or {"bbox", "category"}
+        objects = {key: [o.get(key) for o in objects] for key in keys}
+    if not isinstance(objects, dict):
+        raise DataError(f"objects expected, {{bbox, category}} or a list of such records; found {str(objects)[:200]}")
     boxes, names = (
         next((objects[key] for key in keys if key in objects), None)
         for keys in (("bbox", "bboxes", "boxes"), ("category", "categories", "label", "labels", "name"))
     )
     four = boxes is not None and all(isinstance(b, (list, tuple)) and len(b) == 4 and None not in b for b in boxes)
-    if not four or names is None or len(boxes) != len(names):
+    if not four or names is None or len(boxes) != len(names) or None in names:
         raise DataError(f"objects need bbox (four numbers each) and category; found {str(objects)[:200]}")
+    names = [int(name) if isinstance(name, float) and name.is_integer() else name for name in names]
     return [(box, plain_name(str(name))) for box, name in zip(boxes, names)]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import datasets
 
-from extras.readers.choose import pick_split
+from data import Choice
+from extras.readers.choose import pick_split, whole_file
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,7 +49,7 @@ def path_of(cell: Any) -> str | None:
     return cell if isinstance(cell, str) else None
 
 
-def table_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
+def table_rows(source: str, split: str, choice: Choice) -> Iterator[tuple[str, dict]]:
     """Yield the (place, row) of every row of a table; images become CellImages, numbers of classes their names.
 
     source: a parquet file, a save_to_disk folder, a folder of images with metadata files, or a dataset on the hub.
@@ -60,7 +61,11 @@ def table_rows(source: str, split: str) -> Iterator[tuple[str, dict]]:
         table = datasets.load_from_disk(source)
     else:
         table = datasets.load_dataset(source)
-    if isinstance(table, dict):
+    if not isinstance(table, dict):
+        whole_file(path, split, choice)
+    elif len(table) == 1 and split != "train" and choice.one_split:
+        (table,) = table.values()
+    else:
         hint = f"It has {', '.join(table)}; for evaluation, --eval_data names other data"
         table = table[pick_split(source, split, table, hint)]
     pictures = {"image", "images"}  # in parquet files of other tools these are bytes without the type Image
