@@ -94,6 +94,15 @@ def test_a_file_of_the_users_may_ask_and_abstain(tmp_path):
     assert rewards.score_group(reward, ["", "a"], None, images=[image, image], example=None) == [2.0, 2.0]
 
 
+def test_the_reward_of_the_docs_that_looks_at_the_picture(tmp_path):
+    (code,) = re.findall(r"```python\n(def dark_enough.*?)```", (ROOT / "docs" / "tasks.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    (reward, _) = rewards.choose_rewards({f"{tmp_path}/mine.py:dark_enough": 1.0})["dark_enough"]
+    for level, expected in ((0, [1.0, 1.0]), (200, [0.0, 0.0])):
+        images = [Image.new("RGB", (8, 8), (level,) * 3)]
+        assert rewards.score_group(reward, ["it is dark", "a cat"], None, images=images) == expected
+
+
 # ------------------------------------------------------------------------------------------------
 # Each reward normalized (GDPO), against loops over numbers.
 
