@@ -440,7 +440,7 @@ def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
         if path and users.setdefault(path, row) != row:
             raise DataError(f"{file}: images[{users[path]}] and images[{row}] are the same file {path}")
         found.append(path or (next(iter(users)).parent / whole.name if users else places[0]))
-    if not users:
+    if any(found) and not users:
         raise DataError(f"{file}: none of its images is in {', '.join(map(str, filter(Path.is_dir, folders)))}")
     return found
 
@@ -463,8 +463,9 @@ def detection_examples(
     boxes, crowds = annotated_boxes(file, table["annotations"], images, name_of, flaws)
     leave_out(file, list(flaws.values()), choice, notes)
     usable, seen = [image_id for image_id in images if image_id not in flaws], boxes.keys() | crowds.keys()
+    annotated = {name for _, name in seen}
     wanted = wanted_categories(file, list(id_of), choice.categories)
-    if unused := [name for name in wanted if name not in {name for _, name in seen}]:
+    if unused := [name for name in wanted if name not in annotated]:
         notes.append(f"{file}: no image shows {few(unused)}")
         if choice.categories is None and not verified:  # such as the root of Roboflow's categories: it may be shown
             wanted = [name for name in wanted if name not in unused]

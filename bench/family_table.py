@@ -84,7 +84,8 @@ def table(cases: list[tuple[str, bool, dict[str, str]]]) -> list[str]:
         coordinates = {"relative": "0..1000", "pixels": "pixels", None: "0..1000, not known"}[frame]
         processor = f"none: {why}" if why else f"`{found['processor'].removesuffix('Pil')}`"
         shares = "yes" if found["shares"] == "True" else "in sampling"
-        cells = (f"`{kind}`", processor, shares, *(f"{found[n]:.1e}".replace("e-0", "e-") for n in ("logp", "gradient")), coordinates)
+        deviations = [f"{found[name]:.1e}".replace("e-0", "e-") for name in ("logp", "gradient")]
+        cells = (f"`{kind}`", processor, shares, *deviations, coordinates)
         lines.append(f"| {' | '.join(cells)} | {SOURCES.get(kind, 'none was found')} |")
     return [*lines[:2], *sorted(lines[2:])]
 

@@ -172,6 +172,22 @@ def test_a_group_without_variance_is_replaced_by_a_fresh_prompt(make_run):
     assert metrics["resampled_groups"] == 1 and metrics["zero_variance_groups"] == 0
 
 
+def test_several_groups_are_replaced_each_by_its_own(make_run):
+    """Slots 1 and 3 get the examples that are drawn for them, with texts, ids and rewards of their own."""
+    run = make_run(resample=1, prompts_per_step=4)
+    prompts = first_prompts(run, 4)
+    flat = {prompts[1].example.id, prompts[3].example.id}
+    run.rewards = {"turns": (by_first_letter(lambda example: example.id not in flat), 1.0)}
+    ro = virft.rollout(run, prompts, 1)
+    drawn = data.draw_examples(run.cfg.seed, len(run.prompts.examples), 4, 1, 1, [1, 3])
+    assert [(p.slot, p.example.id) for p in (ro.prompts[1], ro.prompts[3])] == [
+        (slot, run.prompts.examples[index].id) for slot, index in drawn
+    ]
+    alone = virft.sampled(run, [run.prompts[key] for key in drawn], 1, 1)
+    G = run.cfg.group_size
+    assert ro.texts[G : 2 * G] + ro.texts[3 * G :] == alone.texts and ro.thrown_away == 2
+
+
 def test_a_group_that_only_its_sum_makes_flat_is_kept_where_each_reward_counts(make_run):
     turn = [iter(range(100)), iter(range(100))]
     for normalize, thrown_away in (("each", 0), ("sum", 4)):
