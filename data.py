@@ -5,7 +5,7 @@
                       -> model_solution()  -> the ground truth that the rewards compare the answer with
 
 There are three kinds of answers: boxes with confidences (detection), a name (classification), one box (grounding).
-This file reads COCO folders and JSON rows; readers of other layouts are in extras/readers/. `Prompts` encodes examples
+This file reads COCO folders; all other readers are in extras/readers/. `Prompts` encodes examples
 with the model's processor, and `collate` joins them into batches.
 
 Ground-truth boxes are stored in one form only: (x1, y1, x2, y2) floats in pixels of the original image. `to_model` and
@@ -214,8 +214,8 @@ def image_size(source: ImageSource, expected_size: Size | None = None) -> Size:
 
 def upright_size(source: ImageSource, image: Image.Image, expected_size: Size | None) -> Size:
     """Return the (width, height) of an open image, turned by its EXIF tag. Raises DataError as open_image does."""
-    exif = Image.Image.getexif(image)  # a PNG's own method would decode it
-    sideways = exif.get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
+    # Orientations 5 to 8 swap width and height. A PNG's own getexif would decode it.
+    sideways = Image.Image.getexif(image).get(0x0112, 1) >= 5
     width, height = size = image.size[::-1] if sideways else image.size
     if max(size) > MAX_ASPECT * min(size):
         raise DataError(f"{source}: the image is {width}x{height}, an aspect ratio above {MAX_ASPECT}")
@@ -279,7 +279,7 @@ class Choice:
     eval_categories: str = "gt"  # asked of each image: those it shows and negatives; all; listed, those of `categories`
     seed: int = 0
     skip_bad_images: bool = False  # leave out and count bad images or rows, which are otherwise an error
-    box_format: str = "auto"  # of the boxes in tables with a column `objects`
+    box_format: str = "auto"  # of the boxes in tables with a column `objects`, and in COCO files
     one_split: bool = True  # data that has no splits may be read for this one
 
 
@@ -288,14 +288,18 @@ def plain_name(name: str) -> str:
     return name.replace("_", " ").strip()
 
 
+def plain_names(text: str) -> list[str]:
+    """Read names separated by commas, in plain words; a name with a comma stands in double quotes."""
+    return [plain_name(name) for name in next(csv.reader([text], skipinitialspace=True))]
+
+
 def wanted_categories(where: object, known: Sequence[str], categories: str | None) -> list[str]:
     """Return the known names that --categories asks for; underscores and spaces are equivalent."""
     if categories is None:
         return list(known)
     categories = choose.published(categories, known) if (choose := extra("readers.choose")) else categories
     name_of = {plain_name(name): name for name in known}
-    # A name with commas stands in double quotes.
-    wanted = [plain_name(name) for name in next(csv.reader([categories], skipinitialspace=True))]
+    wanted = plain_names(categories)
     for name in wanted:
         if name not in name_of:
             near = difflib.get_close_matches(name, list(name_of), 3) or list(name_of)[:5]
@@ -405,7 +409,7 @@ def annotation_file(root: Path, pattern: str) -> Path | None:
     """Return the one file of a pattern in DIR/annotations or DIR, None without one. Raises DataError for several."""
     found = [file for folder in (root / "annotations", root) for file in sorted(folder.glob(pattern))]
     if len(found) > 1:
-        raise DataError(f"{root}: {len(found)} files {pattern}, one expected: --data may name one itself")
+        raise DataError(f"{root}: {len(found)} files {pattern}, one expected")
     return found[0] if found else None
 
 
@@ -467,7 +471,7 @@ def detection_examples(
     wanted = wanted_categories(file, list(id_of), choice.categories)
     if unused := [name for name in wanted if name not in annotated]:
         notes.append(f"{file}: no image shows {few(unused)}")
-        if choice.categories is None and not verified:  # such as the root of Roboflow's categories: it may be shown
+        if choice.categories is None and not verified:  # such as Roboflow's root: images may show it, unannotated
             wanted = [name for name in wanted if name not in unused]
     shown = {name: [i for i in usable if (i, name) in boxes] for name in wanted}
     pairs = [(image_id, name) for name, ids in shown.items() for image_id in ids]
@@ -675,7 +679,7 @@ assert all(name in REWARDS for task in TASKS.values() for name in task.rewards)
 
 
 def model_answer(task: Task, example: Example, target: Size, think: bool = True, digits: int | None = None) -> str:
-    """Write a perfect completion with an empty thought: to count its tokens, and for tests."""
+    """Write the right completion, with an empty thought: to count its tokens, to score it, and for --sft."""
     answer = task.answer(model_solution(example, target), digits=digits)
     return f"{'<think></think>' if think else ''}<answer>{answer}</answer>"
 
@@ -759,7 +763,7 @@ class Prompts(torch.utils.data.Dataset):
 
     def of(self, examples: list[Example]) -> "Prompts":
         """Return the same encoding for other examples, none of which may be replaced."""
-        other = copy.copy(self)  # checks nothing at once: evaluation leaves out what cannot be encoded
+        other = copy.copy(self)  # skips __post_init__: evaluation leaves out what cannot be encoded
         other.examples, other.replace_bad = examples, False
         return other
 
@@ -774,9 +778,7 @@ class Prompts(torch.utils.data.Dataset):
         messages = [{"role": "user", "content": content}]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
-        text = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **self.template
-        )
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **self.template)
         if any(part["type"] == "text" and part["text"].strip() not in text for part in content):
             raise DataError(f"example {example.id}: the model's chat template leaves out the question")
         bos = self.processor.tokenizer.bos_token
@@ -837,7 +839,7 @@ def draw_examples(
 ) -> list[tuple[int, int]]:
     """Return the example of each slot of a step, (slot, index): a function of the seed, so there is no state to save.
 
-    An epoch sees every example once, in its own order. Rounds after 0 draw other examples for the same step.
+    An epoch sees every example once, in its own order. Rounds after 0 use another order.
     """
     places = [divmod((step - 1) * prompts_per_step + slot, examples) for slot in slots]
     return [(slot, epoch_order(seed, round, epoch, examples)[i]) for slot, (epoch, i) in zip(slots, places)]
@@ -850,9 +852,8 @@ def epoch_order(seed: int, round: int, epoch: int, examples: int) -> list[int]:
 
 def whole(prompts: list[Prompt | DataError]) -> list[Prompt]:
     """Return the prompts of a batch, in the main process. Raises the first error among them."""
-    for prompt in prompts:
-        if isinstance(prompt, DataError):
-            raise DataError(f"{prompt}. --skip_bad_images true leaves such examples out")
+    if bad := next((prompt for prompt in prompts if isinstance(prompt, DataError)), None):
+        raise DataError(f"{bad}. --skip_bad_images true leaves such examples out")
     return prompts
 
 

@@ -258,7 +258,7 @@ def accuracy_reward(completion: str, solution: str | float | Sequence[str]) -> f
 def non_repeat_reward(completion: str, solution: object = None) -> float:
     """Return 0 if a sentence before <answer> is repeated, 1 otherwise (after VisionReasoner, arXiv 2505.12081).
 
-    Sentences of two words or more are compared without case and punctuation. It invites empty thoughts: they earn 1.
+    Sentences of two words or more are compared by `normalize_name`. It invites empty thoughts, which earn 1.
     """
     thought = re.sub("</?think>", " ", completion.partition("<answer>")[0])
     sentences = [words for part in re.split(r"[.!?;]\s|\n", thought) if " " in (words := normalize_name(part))]

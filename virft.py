@@ -16,7 +16,7 @@ What differs from Visual-RFT's paper and its released code, and why:
 
   - A prompt and its image are encoded once per group, not G times, in sampling, in the reference pass and in
     training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies. One exception: models
-    with linear attention repeat the prompt for each completion in training, because gradients do not pass through
+    with linear attention or convolutions repeat the prompt per completion in training: gradients do not pass through
     their cache, and in the reference pass, which uses the same code.
   - The sampling loop is our own. `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1, which gives
     G identical answers), and tokens must be drawn from the distribution whose log-probabilities are trained.
@@ -92,7 +92,7 @@ class Config:
     shots: int | None = setting(None, "training images per category (few-shot), chosen by seed", least=1)
     negatives: float = setting(0.0, "share of examples that ask for an absent category", least=0, below=1)
     max_boxes: int | None = setting(None, "leave out training examples with more boxes than this")
-    box_format: str = setting("auto", "boxes of tables with `objects`", choices=("auto", "xywh", "xyxy"))
+    box_format: str = setting("auto", "form of boxes in tables and COCO files", choices=("auto", "xywh", "xyxy"))
     skip_bad_images: bool = setting(False, "leave out and count images that are missing, broken or wrongly annotated")
     max_pixels: int = setting(401408, "largest image in pixels (401408 = 512 patches of 28 x 28)", least=MIN_PIXELS)
     coordinates: str = setting("auto", "coordinates of the model; relative: 0..1000", choices=("auto", *CONVENTIONS))
@@ -102,7 +102,7 @@ class Config:
     processor_options: list[str] = setting([], "NAME=VALUE for the image processor, as max_patches=4")
 
     rewards: list[str] = setting([], "NAME=WEIGHT, as iou=1 my.py:my_reward=2; default: the task's", "The algorithm")
-    iou_threshold: list[float] = setting([0.5], "IoU above which a box is found; several: in phases", least=0, below=1)
+    iou_threshold: list[float] = setting([0.5], "a box is found above this; several: one per phase", least=0, below=1)
     normalize: str = setting("sum", "what is normalized in a group: rewards' sum or each", choices=("sum", "each"))
     resample: int = setting(0, "rounds in which groups of equal rewards are replaced by fresh prompts", least=0)
     sft: bool = setting(False, "train on the right answers (supervised, without sampling), to compare with")
@@ -416,7 +416,7 @@ def completion_logps(
 
 
 def shares_prompt(model: nn.Module) -> bool:
-    """Return whether the cache is differentiable. Linear attention and convolutions overwrite a state: it is not."""
+    """Return whether the cache is differentiable. Linear attention and convolutions overwrite a state in it."""
     return not any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=model.config).layers)
 
 
@@ -986,7 +986,7 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
 
 
 def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that end a completion (EOS ids, and the template's) and those it may not contain, placeholders."""
+    """Return the ids that end a completion, the model's and the template's, and placeholder ids it may not contain."""
     text, tokenizer = model.config.get_text_config(), processor.tokenizer
     configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
     configured += (data.turn_end(processor),)
@@ -1008,8 +1008,8 @@ def load_examples(cfg: Config, split: str) -> list[Example]:
         chosen["one_split"] = bool(cfg.eval_data or cfg.eval_only)
         source = cfg.eval_data or cfg.data or task.hub_data
         chosen |= {"limit": cfg.eval_limit, "eval_categories": cfg.eval_categories}
-    if split == "val" and Path(source or "").is_file() and source == cfg.data and not cfg.eval_only:
-        say(f"--eval_data {source} is what is trained on: the scores will not be of held-out examples")
+    if split == "val" and cfg.eval_data and cfg.eval_data == cfg.data and Path(source).is_file():
+        say(f"--eval_data {source} is --data too: unless it has a column of splits, nothing is held out")
     with loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
     say("\n".join(notes))
@@ -1127,8 +1127,8 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     if checks:
         checks.describe(run, per_prompt, what, notes)
     else:
-        say("extras/ is missing: no description of the run, no pictures; processors and data are not looked at before "
-            "training; Ctrl-C saves OUT/model and no checkpoint")
+        missing = "no description of the run, no pictures, no look at processors and images before training"
+        say(f"extras/ is missing: {missing}; Ctrl-C saves OUT/model and no checkpoint")
     if cfg.report_to:
         run.accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})
     run.accelerator.wait_for_everyone()

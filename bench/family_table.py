@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- made by bench/family_table.py -->", "<!-- end of the table -->"
 TESTS = "trains_and_answers or is_what_the_processor_makes or exact or in_0_to_1000"
 BY_HAND = {  # name in tests/families.py -> model_type, why not by its own processor
-    "Pixtral": ("llava (pixtral tower)", "its image processor imports torchvision"),
+    "Pixtral": ("llava", "Pixtral's image processor imports torchvision"),
     "Mistral3": ("mistral3", "its processor imports torchvision"),
     "LFM2-VL": ("lfm2_vl", "its image processor exists for torchvision only"),
 }
@@ -81,7 +81,8 @@ def table(cases: list[tuple[str, bool, dict[str, str]]]) -> list[str]:
             continue
         kind, why = BY_HAND.get(family, (found.get("model_type"), None))
         frame = COORDINATES_OF_FAMILY.get(kind)
-        coordinates = {"relative": "0..1000", "pixels": "pixels", None: "0..1000, not known"}[frame]
+        named = kind in SOURCES and frame is None
+        coordinates = "other" if named else {"relative": "0..1000", None: "0..1000, not known"}.get(frame, frame)
         processor = f"none: {why}" if why else f"`{found['processor'].removesuffix('Pil')}`"
         shares = "yes" if found["shares"] == "True" else "in sampling"
         deviations = [f"{found[name]:.1e}".replace("e-0", "e-") for name in ("logp", "gradient")]

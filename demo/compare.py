@@ -4,8 +4,9 @@
     python demo/compare.py --arms f1 sft --seeds 0  # some of them
     python demo/compare.py --steps 340              # as long as `bash run.sh` trains; results go to another folder
 
-Each arm trains the model of demo/model for the same number of steps and samples the same number of completions, but
-for the supervised one, which samples none. Evaluation is that of `bash run.sh`. Prints a table of medians and ranges.
+Each arm trains the model of demo/model for the same number of steps with the same number of completions; resampling
+samples more than it keeps, and the supervised arm samples none. Evaluation is that of `bash run.sh`. Prints a table of
+medians and ranges.
 """
 
 import argparse

@@ -55,7 +55,7 @@ def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[s
     if first.opening and not run.prompts.think:
         remedy = "try --template_options enable_thinking=false"
         lines.append(f"the chat template opens <think> and --think is false: {remedy}")
-    looked_for = [name for name in run.rewards or () if name in REWARDS]
+    looked_for = [n for n in run.rewards or () if n in REWARDS and n not in ("non_repeat", "published_accuracy")]
     if looked_for and "<answer>" not in describe_prompt(run, first):
         where = "say the form in the problem, or in --system_prompt"
         lines.append(f"the prompt does not ask for <answer>, which {', '.join(looked_for)} look for: {where}")
@@ -102,8 +102,7 @@ def answers_too_long(run: Any, first: Prompt) -> list[str]:
 def unearnable(run: Any) -> list[str]:
     """Report examples whose own right answer earns nothing from a built-in reward, such as boxes that vanish.
 
-    At most 20,000 examples are tried, which takes 3 s, drawn by seed; where coordinates are pixels 256, because the
-    processor is asked for each size.
+    Tries at most 20,000 examples, drawn by seed (3 s); 256 with pixels, because the processor is asked for each size.
     Raises DataError for a solution that such a reward cannot read.
     """
     prompts, rewards = run.prompts, {name: run.rewards[name][0] for name in run.rewards or () if name in REWARDS}
@@ -128,7 +127,7 @@ def unearnable(run: Any) -> list[str]:
             poor[name].append(example.id)
             tiny[name] += any(x2 - x1 < 1 or y2 - y1 < 1 for x1, y1, x2, y2 in boxes_in(solution))
     return [
-        f"{len(ids)} of {len(examples)} examples cannot earn the reward {name} by their own right answer"
+        f"the right answer of {len(ids)} of {len(examples)} examples earns 0 from the reward {name}"
         f"{f' ({tiny[name]} have boxes under one unit)' if tiny[name] else ''}: {data.few(ids)}"
         for name, ids in poor.items()
     ]
@@ -270,7 +269,7 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
 def questions(task: Task, picture: Path, asked: str | None) -> list[Example]:
     """Return questions without ground truth about the user's picture: one per category, or a single one."""
     size = open_image(picture).size
-    names = [name.strip() for name in asked.split(",")] if task.asks_for == "categories" else [asked or ""]
+    names = data.plain_names(asked) if task.asks_for == "categories" else [asked or ""]
     question = None if task.prompt else asked
     return [Example(f"{picture}/{name}", (picture,), size, (), name, question=question) for name in names]
 

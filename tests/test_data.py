@@ -443,7 +443,7 @@ def test_released_rows(released):
         ({"solution": "a dog"}, r"row 1: solution 'a dog': expected <answer>\[.*No Objects.*the row is.*'problem'"),
         ({"solution": BOXES.replace("500", "1200")}, "row 1: lies outside the image"),
         ({"image": None}, "row 1: one of image, image_path and images expected"),
-        ({"problem": None}, "row 1: A row has image"),
+        ({"problem": None}, "row 1: no problem. A row has image"),
     ],
 )
 def test_released_rows_that_do_not_fit_are_shown_and_can_be_skipped(released, change, message):
@@ -537,15 +537,15 @@ BAD_ROWS = {  # what is wrong: (task, changes of the second row, what the error 
     "boxes of three": ("coco", {"solution": [[1, 2, 3]]}, r"line 2: solution '\[\[1, 2, 3\]\]': expected <answer>"),
     "reversed box": ("coco", {"solution": [[100, 20, 20, 80]]}, "line 2: solution .*expected <answer>"),
     "box outside": ("coco", {"solution": [[20, 20, 300, 80]]}, "line 2: lies outside the image"),
-    "no solution": ("coco", {"solution": "remove"}, "line 2: A row has image.*problem and solution"),
-    "no problem": ("coco", {"problem": "remove"}, "line 2: A row has image.*problem and solution"),
+    "no solution": ("coco", {"solution": "remove"}, "line 2: no solution. A row has image.*problem and solution"),
+    "no problem": ("coco", {"problem": "remove"}, "line 2: no problem. A row has image.*problem and solution"),
     "no image": ("coco", {"image": "remove"}, "line 2: one of image, image_path and images expected"),
     "two images": ("coco", {"image_path": "b.png"}, "line 2: one of image, image_path and images expected"),
     "image not there": ("coco", {"image": "c.png"}, r"line 2: .*c\.png: no such image"),
     "images not files": ("coco", {"image": "remove", "images": [1]}, "line 2: an image is the name of a file, found"),
     "two boxes": ("lisa", {"solution": [[1, 2, 3, 4]] * 2}, r"line 2: solution .*expected <answer>\(x1,y1\)"),
     "no class": ("cars", {"solution": ["", "a"]}, "line 2: solution .*expected a class name"),
-    "not a row": ("coco", None, r"line 2: A row has image.*the row is \[1\]"),
+    "not a row": ("coco", None, r"line 2: no problem. A row has image.*the row is \[1\]"),
 }  # fmt: skip
 
 
@@ -573,9 +573,10 @@ def test_files_of_rows_that_do_not_read_are_named(lines, tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
         rows(tmp_path / "none.jsonl")
     for flags in ({"shots": 2}, {"negatives": 0.1}):
-        with pytest.raises(DataError, match=f"--{next(iter(flags))} .*are chosen already"):
+        asked = "are asked: choose by --categories, or in the data"
+        with pytest.raises(DataError, match=f"--{next(iter(flags))} .*{asked}"):
             rows(lines({}), **flags)
-    with pytest.raises(DataError, match="--eval_categories all: the rows of .* are chosen already"):
+    with pytest.raises(DataError, match="--eval_categories all: all rows of .* are asked: choose by --categories"):
         rows(lines({}), split="val", eval_categories="all")
 
 

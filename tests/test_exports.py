@@ -402,15 +402,15 @@ def file(name):
 
 
 FOREIGN = {
-    voc: r"This looks like Pascal VOC. pip install globox.*globox convert DIR/Annotations DIR/train.json -f pascalvoc",
-    yolo: "This looks like YOLO.*globox convert DIR/labels DIR/train.json -f yolov5 -d DIR/images",
-    yolo_of_roboflow: "This looks like YOLO",
-    labelme: "This looks like LabelMe.*-f labelme -F coco",
-    cvat_xml: "This looks like CVAT's XML.*-f cvat",
+    voc: r"This may be Pascal VOC. pip install globox.*globox convert DIR/Annotations DIR/train.json -f pascalvoc",
+    yolo: "This may be YOLO.*globox convert DIR/labels DIR/train.json -f yolov5 -d DIR/images",
+    yolo_of_roboflow: "This may be YOLO",
+    labelme: "This may be LabelMe.*-f labelme -F coco",
+    cvat_xml: "This may be CVAT's XML.*-f cvat",
     file("data.zip"): "an archive; unpack it and give the folder",
     file("data.tar.gz"): "an archive; unpack it",
     file("imagelabels.mat"): ".mat files are MATLAB's: docs/tasks.md has a line",
-    file("a.xml"): "This looks like",
+    file("a.xml"): "This may be",
     file("table.xlsx"): "not read as data. Folders are read, and .json, .jsonl",
     file("labels.pkl"): "not read as data",
 }
@@ -495,9 +495,9 @@ ROWS = {
         "one question and at most one answer expected, found 2 questions",
     ),
     "a tool's turn": ("rows", {"messages": [{"role": "tool", "content": "x"}]}, "role user, assistant or system"),
-    "no question": ("rows", {"conversations": [{"from": "gpt", "value": "b"}]}, "found 0 questions"),
-    "null": ("rows", {"problem": "How many?", "solution": None}, "A row has image"),
-    "an open answer": ("rows", {"problem": "How many?", "solution": "<answer>3"}, "<answer> is empty or not closed"),
+    "no question": ("rows", {"conversations": [{"from": "gpt", "value": "b"}]}, "found 0 questions and 1 answers"),
+    "null": ("rows", {"problem": "How many?", "solution": None}, "no solution. A row has image"),
+    "an open answer": ("rows", {"problem": "How many?", "solution": "<answer>3"}, "one <answer> block expected"),
     "two marks, one image": ("rows", {"problem": "<image><image>?", "solution": "3"}, "marks 2 images .* there are 1"),
     "a class as number": ("flowers", {"problem": "Which?", "solution": 3}, "expected a class name"),
 }  # fmt: skip
@@ -540,8 +540,9 @@ def test_labels(tmp_path, header, delimiter, name):
     assert {(e.images[0].name, e.solution) for e in examples} == {("a.jpg", "tiger lily"), ("b.jpg", "fire lily")}
     if name == "labels.csv":
         assert len(read(tmp_path, "flowers")[0]) == 2, "the folder with it, without a column of splits"
-        with pytest.raises(DataError, match="no split val or valid or validation or test. Its rows have split train"):
-            read(tmp_path, "flowers", split="val")
+        assert len(read(tmp_path, "flowers", split="val")[0]) == 2, "named by --eval_data"
+        with pytest.raises(DataError, match="has no splits and is trained on: --eval_data names what to evaluate"):
+            read(tmp_path, "flowers", split="val", one_split=False)
 
 
 def test_labels_with_quoted_names_and_splits(tmp_path):
@@ -834,8 +835,7 @@ def test_examples_that_cannot_earn_are_counted(tmp_path):
     examples, _ = read(tmp_path / "my.json")
     (line,) = unearnable("coco", examples, {"iou": 1.0, "format": 1.0}, iou_threshold=0.5)
     assert line == (
-        "1 of 3 examples cannot earn the reward iou by their own right answer (1 have boxes under one unit): "
-        "train/1/dog"
+        "the right answer of 1 of 3 examples earns 0 from the reward iou (1 have boxes under one unit): train/1/dog"
     )
     content["annotations"][0]["bbox"] = [5, 6, 100, 100]
     (tmp_path / "my.json").write_text(json.dumps(content))
@@ -848,13 +848,13 @@ def test_a_solution_that_a_reward_cannot_read_is_named_at_the_start(tmp_path):
     examples, _ = read(tmp_path / "rows.jsonl", "rows")
     assert unearnable("rows", examples, {"accuracy": 1.0}) == [], "numbers are read as text"
     assert unearnable("rows", examples, {"iou": 1.0}) == [
-        f"1 of 1 examples cannot earn the reward iou by their own right answer: {tmp_path}/rows.jsonl/0"
+        f"the right answer of 1 of 1 examples earns 0 from the reward iou: {tmp_path}/rows.jsonl/0"
     ]
     with pytest.raises(DataError, match="/0: the reward published_accuracy cannot read its solution 3, of type int"):
         unearnable("rows", examples, {"published_accuracy": 1.0})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "problem": "?", "solution": {"count": 3}}))
     (line,) = unearnable("rows", read(tmp_path / "rows.jsonl", "rows")[0], {"accuracy": 1.0})
-    assert "1 of 1 examples cannot earn the reward accuracy" in line
+    assert "the right answer of 1 of 1 examples earns 0 from the reward accuracy" in line
     assert unearnable("rows", examples, {"format": 1.0}) == []
 
 
@@ -933,7 +933,7 @@ def test_a_folder_with_one_file_of_rows_is_that_file(tmp_path):
     with pytest.raises(DataError, match="the rows of .* name no categories"):
         read(tmp_path, "rows", categories="dog")
     (tmp_path / "more.jsonl").write_text("")
-    with pytest.raises(DataError, match="reads rows, from .*, of which it has .*more.jsonl, .*questions.jsonl"):
+    with pytest.raises(DataError, match="reads rows, from .*--data must name one of more.jsonl, questions.jsonl"):
         read(tmp_path, "rows")
 
 

@@ -389,7 +389,7 @@ def test_other_class_errors(dataset, tmp_path):
     (Path(source) / "annotations" / "trainval.txt").write_text("Abyssinian\n")
     with pytest.raises(DataError, match=r"trainval\.txt: line 1: solution '': expected a class name"):
         read("pets", source)
-    with pytest.raises(DataError, match="--negatives 0.2: a question about the class names no category"):
+    with pytest.raises(DataError, match="--negatives 0.2: questions about classes ask for no category"):
         read("pets", source, negatives=0.2)
     with pytest.raises(DataError, match="--max_boxes 3: --task cars has no boxes"):
         data.load_examples(TASKS["cars"], dataset("cars"), "train", max_boxes=3)

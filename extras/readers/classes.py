@@ -20,8 +20,8 @@ from data import (
     refuse,
     wanted_categories,
 )
-from extras.readers.choose import pick_split, take_shots
-from extras.readers.rows import class_solution, column, file_lines, file_rows
+from extras.readers.choose import pick_split, take_shots, whole_file
+from extras.readers.rows import class_solution, column, file_lines, file_rows, have_splits, rows_of_split
 
 CLASS_LAYOUT = """Images with class names are read from the first of these that is there:
   DIR/labels.csv, .json or .jsonl     rows with file (within DIR), class_name and split (train, val or test);
@@ -44,14 +44,15 @@ def read_classes(
     root, notes = Path(data), []
     if not root.is_dir():
         raise DataError(f"{root}: no such folder. {CLASS_LAYOUT}")
-    labeled = labels_file(root, split) or (published and published(root, split)) or class_folders(root, split, notes)
+    labeled = labels_file(root, split, choice) or (published and published(root, split))
+    labeled = labeled or class_folders(root, split, notes)
     examples, more = class_examples(root, labeled, split, choice)
     return examples, notes + more
 
 
 def class_examples(root: Path, labeled: list[Labeled], split: str, choice: Choice) -> Found:
-    """Make an example of each labeled image; root: of their paths, which are the examples' ids."""
-    refuse(choice, "a question about the class names no category", "negatives", "eval_categories")
+    """Make an example of each labeled image; root: the folder that is left out of the examples' ids."""
+    refuse(choice, "questions about classes ask for no category", "negatives", "eval_categories")
     notes: list[str] = []
     images, flaws, listed = defaultdict(list), [], cache(names_in)
     for number, (where, path, name) in enumerate(labeled):
@@ -78,18 +79,18 @@ def class_examples(root: Path, labeled: list[Labeled], split: str, choice: Choic
     return [example for found in taken.values() for example in found], notes
 
 
-def labels_file(root: Path, split: str) -> list[Labeled]:
+def labels_file(root: Path, split: str, choice: Choice) -> list[Labeled]:
     """Read the images of a split from DIR/labels.csv, .json or .jsonl; an empty list without such a file."""
     files = [root / name for name in ("labels.csv", "labels.json", "labels.jsonl") if (root / name).is_file()]
     if not files:
         return []
     rows = file_rows(files[0])
+    if not have_splits(rows):
+        whole_file(files[0], split, choice)
     for where, row in rows:
         if not isinstance(column(row, "images"), str):
             raise DataError(f"{where}: file and class_name expected, and split if it has more than one; found {row}")
-    there = {str(column(row, "split") or "train") for _, row in rows}
-    name = pick_split(files[0], split, there, f"Its rows have split {', '.join(sorted(there))}; see --eval_data")
-    chosen = [(where, row) for where, row in rows if (column(row, "split") or "train") == name]
+    chosen = rows_of_split(files[0], rows, split)
     return [(where, root / column(row, "images"), column(row, "class")) for where, row in chosen]
 
 

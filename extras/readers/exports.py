@@ -43,8 +43,9 @@ def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
         if task.read is None:
             files = [file for file in sorted(path.iterdir()) if file.suffix in FILES and not file.name.startswith(".")]
             if len(files) != 1:
-                endings = f"{', '.join(FILES)}{f', of which it has {few(files)}' if files else ''}"
-                raise DataError(f"{source}: --task {task.name} reads rows, from {endings}. {ROW_LAYOUT}")
+                choose = f"; --data must name one of {few([file.name for file in files])}" if files else ""
+                reads = f"--task {task.name} reads rows, from {', '.join(FILES)}"
+                raise DataError(f"{source}: {reads}{choose}. {ROW_LAYOUT}")
             return lambda source, split, choice: read_rows(task, str(files[0]), split, choice)
         return task.read
     if not path.exists():
@@ -67,8 +68,8 @@ def coco_export(source: Path, split: str, choice: Choice) -> Path:
     """Return the COCO file that --data names, or the one of a split in a folder as it was exported and unpacked.
 
     A file belongs to a split if its path within the folder has a word such as `train` or `valid`; the last one counts.
-    A file without such a word is used for training, or for evaluation if --eval_data or --eval_only names it. Raises
-    DataError if there is no file, or several.
+    A file without such a word is used for training, or for evaluation if --eval_data names it or --eval_only is given.
+    Raises DataError if there is no file, or several.
     """
     if source.is_file():
         return whole_file(source, split, choice)
@@ -209,12 +210,12 @@ def foreign(path: Path) -> str:
         ending = "." + sign.rpartition(".")[2]
         if next(path.glob(sign), None) if path.is_dir() else path.suffix.lower() == ending:
             command = f"globox convert {told} -F coco --coco_auto_ids"
-            return f"This looks like {tool}. pip install globox, and for each split: {command}"
+            return f"This may be {tool}. pip install globox, and for each split: {command}"
     return ""
 
 
 def whole_images(examples: list[Example], choice: Choice, notes: list[str], most: int = 2000) -> list[Example]:
-    """Read the headers of at most `most` image files, drawn by seed; return the examples whose images are whole.
+    """Read the headers of at most `most` image files, drawn by seed; return the examples without those found bad.
 
     Other images are checked when a step opens them. Raises DataError for a bad one, unless --skip_bad_images leaves it
     out.

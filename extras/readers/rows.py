@@ -93,6 +93,19 @@ def file_rows(file: Path) -> list[tuple[str, Any]]:
     return rows
 
 
+def have_splits(rows: list) -> bool:
+    return any(column(row, "split") in SPLIT_NAMES for _, row in rows)
+
+
+def rows_of_split(source: object, rows: list, split: str) -> list:
+    """Return the rows of a split by their column `split`, where an empty cell means train; all without such names."""
+    if not have_splits(rows):
+        return rows
+    splits = [column(row, "split") or "train" for _, row in rows]
+    name = pick_split(source, split, splits, f"Its rows have split {', '.join(sorted(set(map(str, splits))))}")
+    return [row for row, its in zip(rows, splits) if its == name]
+
+
 def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
     """Read the rows of a file or a table for a task, whatever form they have.
 
@@ -103,16 +116,12 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
     path, folder = Path(source), Path(source).parent
     if path.is_file() and path.suffix != ".parquet":
         rows = file_rows(path)
-        if not any(column(row, "split") in SPLIT_NAMES for _, row in rows):
+        if not have_splits(rows):
             whole_file(path, split, choice)
     else:
         rows = list(extra_reader(f"--data {source}", "tables", "table_rows", source, split, choice))
         folder = path if path.is_dir() else folder
-    splits = [column(row, "split") or "train" for _, row in rows]  # a row without one is for training
-    if any(column(row, "split") in SPLIT_NAMES for _, row in rows):
-        hint = f"Its rows have split {', '.join(sorted(set(map(str, splits))))}; see --eval_data"
-        name = pick_split(source, split, splits, hint)
-        rows = [row for row, of in zip(rows, splits) if of == name]
+    rows = rows_of_split(source, rows, split)
     first = next((row for _, row in rows if isinstance(row, dict)), {})
     if "objects" in first:
         if task.metric != "detection":
@@ -121,7 +130,8 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
     if task.metric == "classification" and all(column(row, "problem") is None for _, row in rows):
         labels = [(where, file_of(row, folder), column(row, "class")) for where, row in rows]
         return extra_reader(f"--data {source}", "classes", "class_examples", path, labels, split, choice)
-    refuse(choice, f"the rows of {source} are chosen already", "shots", "negatives", "eval_categories")
+    reason = f"all rows of {source} are asked: choose by --categories, or in the data"
+    refuse(choice, reason, "shots", "negatives", "eval_categories")
     examples, flaws, notes = [], [], []
     for number, (where, row) in enumerate(rows):
         try:
@@ -134,7 +144,8 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
     read = {kind: next((n for n in COLUMNS[kind] if n in first), "-") for kind in ("images", "problem", "solution")}
     notes.append(f"{source}: columns read are {', '.join(read.values())}")
     if choice.categories and {example.category for example in examples} == {"object"}:
-        raise DataError(f"--categories {choice.categories}: the rows of {source} name no categories")
+        remedy = "add a column `category`"
+        raise DataError(f"--categories {choice.categories}: the rows of {source} name no categories: {remedy}")
     numbers = {name: i for i, name in enumerate(sorted({example.category for example in examples}), 1)}
     wanted = set(wanted_categories(source, list(numbers), choice.categories))
     return [replace(e, category_id=numbers[e.category]) for e in examples if e.category in wanted], notes
@@ -150,7 +161,8 @@ def images_of(row: Any, folder: Path) -> tuple[ImageSource, ...]:
     images = row[names[0]] if names else []
     images = images if isinstance(images, list) else [images]
     if len({"image", "image_path", "images"} & set(names)) > 1 or not images:
-        raise DataError(f"one of image, image_path and images expected. {ROW_LAYOUT}")
+        found = f"several: {', '.join(names)}" if names else "none"
+        raise DataError(f"one of image, image_path and images expected, found {found}. {ROW_LAYOUT}")
     if not all(isinstance(image, str) or callable(image) for image in images):
         raise DataError(f"an image is the name of a file, found {str(images)[:100]}. {ROW_LAYOUT}")
     return tuple(folder / image if isinstance(image, str) else image for image in images)
@@ -183,7 +195,8 @@ def messages_of(problem: Any, notes: list[str]) -> tuple[str, Any]:
             words = "\n".join(parts) if IMAGE_MARK in parts else "".join(parts)
         said[role].append(words)
     if len(said["user"]) != 1 or len(said["assistant"]) > 1 or not isinstance(said["user"][0], str):
-        raise DataError(f"one question and at most one answer expected, found {len(said['user'])} questions")
+        counts = f"{len(said['user'])} questions and {len(said['assistant'])} answers"
+        raise DataError(f"one question and at most one answer expected, found {counts}")
     if said["system"] and (note := "system messages of rows are left out: --system_prompt sets one") not in notes:
         notes.append(note)
     return said["user"][0], next(iter(said["assistant"]), None)
@@ -192,13 +205,13 @@ def messages_of(problem: Any, notes: list[str]) -> tuple[str, Any]:
 def row_example(task: Task, row: Any, folder: Path, notes: list[str]) -> Example:
     """Convert one row to an example. Raises DataError for a row that is not of ROW_LAYOUT."""
     if column(row, "problem") is None:
-        raise DataError(ROW_LAYOUT)
+        raise DataError(f"no problem. {ROW_LAYOUT}")
     images = images_of(row, folder)
     problem, said = messages_of(column(row, "problem"), notes)
     content_of(problem, len(images))  # raises DataError where marks and images differ
     given = column(row, "solution")
     if given is None and said is None:
-        raise DataError(ROW_LAYOUT)
+        raise DataError(f"no solution. {ROW_LAYOUT}")
     solution, coordinates = SOLUTIONS[task.metric](said if given is None else given), None
     sizes = [image_size(image) for image in images]  # of all images, to report a missing one now
     if task.boxes:
@@ -253,10 +266,10 @@ def class_solution(value: Any) -> str | tuple[str, ...]:
 
 
 def any_solution(value: Any) -> Any:
-    """Return the solution of task `rows` for the user's own rewards: as it is, but text without <answer>."""
+    """Return the solution of task `rows` unchanged, but without <answer> tags, for the user's own rewards."""
     wrapped = isinstance(value, str) and "<answer>" in value
     if (solution := parse_answer(value) if wrapped else value) is None:
-        raise DataError(f"solution {value[:200]!r}: its <answer> is empty or not closed")
+        raise DataError(f"solution {value[:200]!r}: one <answer> block expected")
     return solution
 
 
@@ -296,7 +309,8 @@ def object_examples(source: str, rows: list, folder: Path, split: str, choice: C
         annotation["bbox"] = (x1, y1, x2 - x1, y2 - y1) if form == "xyxy" else box
     names = sorted({a["category_id"] for a in annotations})
     if names and all(str(name).isdecimal() for name in names):
-        raise DataError(f"{source}: its categories are numbers, {few(names)}; a model can only be asked for names")
+        remedy = "a model can only be asked for names: use ClassLabel, or text"
+        raise DataError(f"{source}: its categories are numbers, {few(names)}; {remedy}")
     table = {"images": images, "annotations": annotations, "categories": [{"id": n, "name": n} for n in names]}
     examples, more = detection_examples((Path(source), table, paths), split, replace(choice, box_format="auto"))
     number_of = {name: i for i, name in enumerate(names, 1)}

@@ -32,7 +32,7 @@ class CellImage:
 
 
 def with_names(feature: Any, value: Any) -> Any:
-    """Replace the numbers of a ClassLabel by its names, also within lists and records; -1, no label, by None."""
+    """Replace the numbers of a ClassLabel by its names, also within lists and records; -1 (no label) becomes None."""
     if isinstance(feature, datasets.ClassLabel):
         return None if value is None or value < 0 else feature.int2str(value)
     if isinstance(feature, dict) and isinstance(value, dict):
