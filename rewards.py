@@ -163,24 +163,17 @@ def match(detections: Sequence[tuple[Box, float]], targets: Sequence[Box], iou_t
     the order of the answer nor the order of the solution matters.
     detections: as parse_detections returns them; the result is in the same order.
     """
-    matched = [0.0] * len(detections)
-    free = set(range(len(targets)))
-    start = 0
-    while start < len(detections) and free:
-        stop = start
-        while stop < len(detections) and detections[stop][1] == detections[start][1]:
-            stop += 1
-        pairs = sorted(
-            (-iou, detections[i][0], tuple(targets[j]), i, j)
-            for i in range(start, stop)
-            for j in free
-            if (iou := box_iou(detections[i][0], targets[j])) > iou_threshold
-        )
-        for negative_iou, _, _, i, j in pairs:
-            if matched[i] == 0.0 and j in free:
-                matched[i] = -negative_iou
-                free.remove(j)
-        start = stop
+    pairs = sorted(
+        (-confidence, -iou, box, tuple(target), i, j)
+        for i, (box, confidence) in enumerate(detections)
+        for j, target in enumerate(targets)
+        if (iou := box_iou(box, target)) > iou_threshold
+    )
+    matched, free = [0.0] * len(detections), set(range(len(targets)))
+    for _, negative_iou, _, _, i, j in pairs:
+        if matched[i] == 0.0 and j in free:
+            matched[i] = -negative_iou
+            free.remove(j)
     return matched
 
 
@@ -232,10 +225,8 @@ def brier_reward(completion: str, solution: Sequence[Box], iou_threshold: float 
 def _confidence(completion, solution, iou_threshold, score) -> float:
     """Return the mean of score(confidence, matched) over predictions; 1 for a right `No Objects`."""
     detections = parse_detections(completion)
-    if detections is None:
-        return 0.0
     if not detections:
-        return 0.0 if solution else 1.0
+        return float(detections == [] and not solution)
     ious = match(detections, solution, iou_threshold)
     return math.fsum(score(c, iou > 0.0) for (_, c), iou in zip(detections, ious)) / len(detections)
 
@@ -366,8 +357,7 @@ def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Cal
         elif name in REWARDS:
             reward = REWARDS[name]
         else:
-            known = ", ".join(REWARDS)
-            raise ValueError(f"unknown reward {name}; known are {known}, and file.py:function for your own")
+            raise ValueError(f"unknown reward {name}; known are {', '.join(REWARDS)}, file.py:function for yours")
         if name in chosen:
             raise ValueError(f"two rewards are called {name}, the name of their column in metrics.jsonl: rename yours")
         given = {key: settings[key] for key in asked_for(reward) & settings.keys()}
@@ -386,8 +376,7 @@ def load_reward(name: str) -> Callable[..., float]:
     spec.loader.exec_module(module)  # errors in the file keep Python's own traceback
     reward = getattr(module, function, None)
     if not inspect.isfunction(reward):
-        expected = f"def {function}(completion: str, solution) -> float"
-        raise ValueError(f"{file} has no function {function}; expected {expected}")
+        raise ValueError(f"{file} has no function {function}; expected def {function}(completion, solution) -> float")
     signature = inspect.signature(reward)
     try:
         given = {"example", "images", "iou_threshold"} & signature.parameters.keys()

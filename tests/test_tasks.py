@@ -614,7 +614,7 @@ def test_reward_is_short_for_rewards():
 
 BAD_REWARDS = {  # what is wrong: (entry, what the error must say)
     "no file": ("none.py:f", "none.py:f: no file none.py"),
-    "no function": ("mine.py:nothing", r"mine\.py has no function nothing; expected def nothing\(completion: str, sol"),
+    "no function": ("mine.py:nothing", r"mine\.py has no function nothing; expected def nothing\(completion, sol"),
     "no function but a name": ("mine.py:NUMBER", r"mine\.py has no function NUMBER"),
     "one argument": ("mine.py:one", r"mine\.py: one\(completion\) cannot be called as one\(completion, solution\)"),
     "three arguments": ("mine.py:three", r"mine\.py: three\(completion, solution, image\) cannot be called"),
