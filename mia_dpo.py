@@ -55,9 +55,10 @@ from tqdm import tqdm
 import data
 from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task, extra
 from extras.adapters import language_model
+from extras.draw import draw_pair
 from extras.evaluate import read_predictions
 from extras.readers.rows import file_rows
-from extras.report import draw_pair, plot_curves
+from extras.report import write_report
 from rewards import Box, parse_answer, reward_weights
 from virft import (  # of the algorithm
     MicroBatch, branch, completion_mask, fork, log_distribution, optimizer_step, prefill, sample, sampling_noise,
@@ -791,7 +792,7 @@ def train(argv: Sequence[str]) -> None:
         else:
             save_model(run)
     if run.main:
-        plot_curves([Path(cfg.out) / "metrics.jsonl"], Path(cfg.out) / "curves.png")
+        write_report([Path(cfg.out)], Path(cfg.out) / "report.html")
     accelerator.end_training()
 
 

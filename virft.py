@@ -146,7 +146,7 @@ FLOAT32_BLOCK = 2**22  # logits that are float32 at once: 16 MiB, or a 32nd of a
 LOOK_EVERY = 16  # tokens after which the sampler checks which rows have ended; each check synchronizes with the GPU
 MAX_GRAD_NORM = 1.0  # the paper's
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # the paper's
-PICTURE_EVERY = 50  # steps between two pictures of a training answer
+REPORT_EVERY = 50  # steps between two pages OUT/report.html, besides those at evaluations and checkpoints
 
 
 # ================================================================================================
@@ -751,7 +751,7 @@ def exchange_gradients(parameters: list[nn.Parameter]) -> None:
 
 def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
     """The loop: sample, update, write; now and then draw, evaluate and save."""
-    cfg, out, report = run.cfg, Path(run.cfg.out), extra("report")
+    cfg, out, report, ro = run.cfg, Path(run.cfg.out), extra("report"), None
     with guarded(run) as stopping:
         for step, prompts in run.steps():
             if cfg.sft:
@@ -760,20 +760,19 @@ def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
                 ro = rollout(run, prompts, step)
             metrics = update(run, ro)
             write(run, step, metrics, ro.rows(step), shown=("reward", "kl", "completion_tokens"))
-            if report and run.main and due(step, PICTURE_EVERY):
-                picture = out / "pictures" / f"step_{step:06d}.png"
-                report.draw_answer(run.prompts.task, ro.prompts[0], ro.texts[0], picture)
             if held_out and due(step, cfg.eval_every):
                 extra("evaluate", "--eval_every").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
             stop = stopping()
             if stop or due(step, cfg.save_every):
                 extra("checkpoints", "--save_every").save(run)
+            if report and run.main and any(due(step, n) for n in (REPORT_EVERY, cfg.eval_every, cfg.save_every)):
+                report.follow(run, ro, step)
             if stop:
                 break
         else:
             save_model(run)
-    if report and run.main:
-        report.plot_curves([out / "metrics.jsonl"], out / "curves.png")
+    if report and run.main and ro:  # none if a resumed run had no step left
+        report.follow(run, ro, run.done)
 
 
 # ================================================================================================

@@ -22,7 +22,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from demo.controls import flags  # noqa: E402
-from extras.report import WINDOW, plot_curves, smoothed  # noqa: E402
+from extras.draw import WINDOW, curves, draw_curve, smoothed  # noqa: E402
+from extras.report import rows_of  # noqa: E402
 
 FILES = ("virft.py", "rewards.py", "data.py")
 FILES += tuple(str(file.relative_to(ROOT)) for file in sorted((ROOT / "extras").rglob("*.py")))
@@ -40,6 +41,7 @@ class Breakage(NamedTuple):
     new: str = ""
 
 
+CURVES = ["reward/iou", "reward_std", "zero_variance_groups", "entropy", "completion_tokens", "grad_norm"]
 DEMO = {"group_size": 8, "inner_epochs": 1, "beta": 0.0}  # the demo's values of what breakages change
 BREAKAGES = {
     "unbroken": Breakage({}),
@@ -95,33 +97,23 @@ def train(settings: dict, breakage: Breakage, folder: Path, seed: int) -> Path:
 
 
 def curve(metrics: Path) -> np.ndarray:
-    return smoothed([json.loads(line)["reward/iou"] for line in metrics.read_text().splitlines()])
+    return smoothed([row["reward/iou"] for row in rows_of(metrics)])
 
 
 def plot(runs: dict[str, list[Path]], path: Path) -> None:
     """Draw one panel per breakage: the broken runs on top of those that they are compared with."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     broken = [name for name in runs if BREAKAGES[name].against]
-    size = (3.6 * len(broken), 3.4)
-    figure, axes = pyplot.subplots(
-        1, len(broken), figsize=size, sharey=True, squeeze=False, constrained_layout=True
-    )  # fmt: skip
-    for axis, name in zip(axes.flat, broken):
-        for which, color in ((BREAKAGES[name].against, "tab:gray"), (name, "tab:red")):
-            for i, metrics in enumerate(runs[which]):
-                values = curve(metrics)
-                steps, label = np.arange(len(values)) + WINDOW, None if i else which
-                axis.plot(steps, values, color=color, label=label, linewidth=1.2)
-        axis.set_xlabel(f"step (mean of {WINDOW})")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("reward/iou")
+    figure = Figure(figsize=(3.6 * len(broken), 3.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(broken), sharey=True, squeeze=False).flat, broken):
+        lines = [
+            (None if i else which, rows_of(metrics), color)
+            for which, color in ((BREAKAGES[name].against, "tab:gray"), (name, "tab:red"))
+            for i, metrics in enumerate(runs[which])
+        ]
+        draw_curve(axis, lines, "reward/iou")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def main() -> None:
@@ -149,7 +141,8 @@ def main() -> None:
         plot(runs, args.out / "breakages.png")
         print(f"broken and unbroken curves  {args.out / 'breakages.png'}")
     if "unbroken" in names:
-        plot_curves(runs["unbroken"], args.out / "curves.png")
+        logged = {f"seed {seed}": rows_of(metrics) for seed, metrics in zip(args.seeds, runs["unbroken"])}
+        curves(logged, CURVES, columns=3).savefig(args.out / "curves.png", dpi=110)
         print(f"the unbroken runs           {args.out / 'curves.png'}")
 
 

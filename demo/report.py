@@ -6,15 +6,17 @@ python demo/report.py runs/reproduce --paper     # adds a row per model in the p
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import TASKS, detection_answer  # noqa: E402
+from extras.draw import draw_boxes, marks_of, side_by_side, titled  # noqa: E402
+from extras.outcomes import answer_of, sign_test  # noqa: E402
+from extras.report import write_report  # noqa: E402
 from rewards import box_iou, iou_reward  # noqa: E402
 
 FORMAT = {"format": "format reward, mean"}
@@ -114,33 +116,40 @@ def skilled(predictions: Sequence[dict]) -> dict[str, dict[str, bool]]:
 def changes(before: Path, after: Path) -> dict[str, tuple[int, int, float]]:
     """Return {skill: (questions gained, questions lost, p)}.
 
-    p is that of the two-sided sign test: how likely a split at least this uneven is if training changed nothing.
+    p is that of `sign_test`.
     """
     result = {}
     then, now = (skilled(read_predictions(folder)) for folder in (before, after))
     for name in then:
         gained = sum(now[name][id] and not good for id, good in then[name].items())
         lost = sum(good and not now[name][id] for id, good in then[name].items())
-        n, fewer = gained + lost, min(gained, lost)
-        result[name] = (gained, lost, min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n))
+        result[name] = (gained, lost, sign_test(gained, lost))
     return result
 
 
-def side_by_side(before: Path, after: Path, path: Path, count: int = 4) -> None:
-    """Draw the answers to the same questions before and after training, one row below the other."""
-    names = sorted(p.name for p in (before / "pictures").glob("*.png"))[:count]
-    rows = [[Image.open(folder / "pictures" / name) for name in names] for folder in (before, after)]
-    height = max(picture.height for picture in rows[0])
-    rows = [[p.resize((round(p.width * height / p.height), height)) for p in row] for row in rows]
-    width = sum(picture.width + 8 for picture in rows[0])
-    sheet = Image.new("RGB", (width + 90, 2 * (height + 8)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(22)
-    for y, (label, row) in enumerate(zip(("before", "after"), rows)):
-        draw.text((6, y * (height + 8) + height // 2), label, "black", font)
-        x = 90
-        for picture in row:
-            sheet.paste(picture, (x, y * (height + 8)))
-            x += picture.width + 8
+def before_after(before: Path, after: Path, path: Path, count: int = 5) -> None:
+    """Draw the answers to the same questions before and after training, one row below the other.
+
+    Which questions: `count` of those that both evaluations pictured and that have objects, evenly spaced.
+    """
+    answers = [{r["row"]: r for r in read_predictions(folder)} for folder in (before, after)]
+    pictured = (int(file.stem) for file in sorted((before / "thumbnails").glob("*.jpg")))
+    both = (row for row in pictured if (after / "thumbnails" / f"{row:06d}.jpg").exists())
+    rows = [row for row in both if answers[0][row]["solution"]]
+    rows = [rows[i * (len(rows) - 1) // (count - 1)] for i in range(count)] if len(rows) > count else rows
+    sheets = []
+    for folder, of, label in ((before, answers[0], "before"), (after, answers[1], "after GRPO")):
+        pictures = []
+        for row in rows:
+            r = of[row]
+            with Image.open(folder / "thumbnails" / f"{row:06d}.jpg") as picture:
+                metric, answer = answer_of(r)
+                drawn = draw_boxes(picture, r["size"], marks_of(metric, r["solution"], answer))
+            pictures.append(titled(drawn, f"{label}: {r['category']}", legend=True))
+        sheets.append(side_by_side(pictures, gap=8))
+    sheet = Image.new("RGB", (sheets[0].width, 8 + sum(s.height for s in sheets)), "white")
+    sheet.paste(sheets[0], (0, 0))
+    sheet.paste(sheets[1], (0, sheets[0].height + 8))
     sheet.save(path)
 
 
@@ -201,9 +210,10 @@ def main() -> None:
         print(f"\n{paper_table({'before': folder / 'before', 'GRPO': folder / 'after'})}")
         print(json.loads((folder / "after" / "scores.json").read_text())["protocol"])
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\ncurves                       {folder / 'train' / 'curves.png'}")
-    if metric != "rewards":  # pictures show the first image, which may not be the one asked about
-        side_by_side(folder / "before", folder / "after", folder / "before_after.png")
+    write_report([folder / name for name in ("before", "train", "after")], folder / "report.html")
+    print(f"\neverything to look at        {folder / 'report.html'}")
+    if metric in ("detection", "grounding"):
+        before_after(folder / "before", folder / "after", folder / "before_after.png")
         print(f"answers before and after     {folder / 'before_after.png'}")
     print(f"numbers                      {folder / 'summary.json'}")
     print(f"every answer while training  {folder / 'train' / 'rollouts.jsonl'}")

@@ -17,7 +17,7 @@ import torch
 
 import data
 from data import DataError, Example, Prompt, Prompts, Task, boxes_in, model_size, open_image, to_pixels
-from extras.report import draw_answer
+from extras.draw import draw_answer
 from rewards import REWARDS, answer_shares, box_iou, score_group
 
 CHECKED = 16  # number of examples that --check samples answers for

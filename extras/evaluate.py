@@ -21,8 +21,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import DataError, Example, Prompt, Task, append_rows, map_boxes, open_image, to_pixels, whole
-from extras.report import draw_record
+from data import DataError, Example, Prompt, Task, append_rows, map_boxes, to_pixels, whole
+from extras.draw import thumbnail
+from extras.outcomes import OUTCOMES, outcome
+from extras.report import write_report
 from rewards import Box, accuracy_reward, answer_shares, box_iou, published_accuracy
 
 # ------------------------------------------------------------------------------------------------
@@ -313,22 +315,28 @@ def write_evaluation(
     overall: Scores,
     each: dict[str, Scores],
     examples: Sequence[Example],
-    pictures: int = 12,
+    evenly: int = 24,
+    of_each: int = 6,
 ) -> None:
-    """Write predictions.jsonl, pictures, detections.json (detection only; COCO's results format) and scores.json."""
+    """Write predictions.jsonl, detections.json (COCO's results), scores.json, thumbnails/ROW.jpg and report.html.
+
+    evenly, of_each: how many answers are pictured, spaced evenly, and of each outcome.
+    """
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out, records)
     if task.metric == "detection":
         (out / "detections.json").write_text(json.dumps(coco_results(records)) + "\n")
-    for index in np.linspace(0, len(records) - 1, min(pictures, len(records)), dtype=int):
-        row = records[index]["row"]
-        r, image = records[index], open_image(examples[row].images[0])
-        path = out / "pictures" / f"{row:06d}.png"
-        draw_record(task, image, r["category"], r["solution"], r[METRICS[task.metric].key], path)
+    pictured = set(np.linspace(0, len(records) - 1, min(evenly, len(records)), dtype=int).tolist())
+    for kind in OUTCOMES:
+        pictured |= set([i for i, r in enumerate(records) if outcome(r) == kind][:of_each])
+    (out / "thumbnails").mkdir(exist_ok=True)
+    for row in (records[i]["row"] for i in sorted(pictured)):
+        thumbnail(examples[row]).save(out / "thumbnails" / f"{row:06d}.jpg", quality=92, subsampling=0)
     summary = {"protocol": protocol, "answers": len(records), **overall, "categories": each}
     aside = out / "scores.json.unfinished"  # written last and renamed: scores.json marks a finished evaluation
     aside.write_text(json.dumps(summary, indent=2) + "\n")
     aside.replace(out / "scores.json")
+    write_report([out], out / "report.html")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -338,7 +346,7 @@ def write_evaluation(
 def evaluate(
     run: Any, answer: Callable[[Any, list[Prompt]], list[str]], examples: Sequence[Example], out: Path
 ) -> dict[str, float]:
-    """Answer all examples, divided among the processes; write scores, predictions and pictures to `out`.
+    """Answer all examples, divided among the processes; write scores, predictions and report.html to `out`.
 
     With --eval_only, keep the answers that an interrupted evaluation left in `out`.
     """
@@ -374,5 +382,5 @@ def evaluate(
         write_evaluation(out, task, protocol, records, overall, each, examples)
     if len(records) < len(examples):
         say(f"{len(examples) - len(records)} examples were skipped: their images do not open")
-    say(f"{report(overall, each, len(records), protocol)}\npredictions, results and pictures in {out}")
+    say(f"{report(overall, each, len(records), protocol)}\npredictions, results and report.html in {out}")
     return overall

@@ -1,124 +1,335 @@
-"""Draw the results of a run: answers on their pictures, and curves of the metrics."""
+"""Write report.html: one page about runs and evaluations that opens from disk, without scripts, and loads nothing.
 
-import importlib.util
+    python -m extras.report runs/virft                              # a run, with the evaluations in it
+    python -m extras.report runs/demo/{before,train,after}          # evaluations are compared in this order
+    python -m extras.report runs/seed0 runs/seed1 --out seeds.html  # curves of several runs in the same panels
+
+A run's page is written anew every REPORT_EVERY steps and at its evaluations and checkpoints; an evaluation writes its
+own. Everything that a model or a data set wrote is escaped.
+"""
+
+import argparse
+import base64
+import html
+import io
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from data import IMAGE_MARK, Prompt, Task, boxes_in, class_of, map_boxes, open_image, to_pixels
-from rewards import Box
+from data import boxes_in, map_boxes, to_pixels
+from extras.draw import BETTER, WORSE, Mark, curves, draw_boxes, marks_of, thumbnail
+from extras.outcomes import OUTCOMES, answer_of, compared, outcome
+from rewards import REWARDS, reward_weights
 
-WINDOW = 20  # curves are means over this many steps
+LARGEST = 5_500_000  # characters of pictures in a page
+PER_OUTCOME = 6  # pictured answers
 
-DRAWN: dict[str, Callable[[Any], list[tuple[Box, str]]]] = {  # metric of a task: function from answer to labeled boxes
-    "detection": lambda detections: [(box, f"{confidence:.2f}") for box, confidence in detections],
-    "grounding": lambda box: [(box, "")],
-}
-
-
-def draw_record(
-    task: Task, image: Image.Image, category: str, solution: Any, answer: Any, path: Path, least_side: int = 448
-) -> None:
-    """Save a picture with its true boxes (black) and answered boxes (magenta, labeled), and the names above it.
-
-    solution, answer: boxes in original pixels; answer is None if it did not parse. Small pictures are enlarged so that
-    their shorter side has about `least_side` pixels.
-    """
-    scale = max(1, round(least_side / min(image.size)))
-    canvas = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for box in boxes_in(solution) if task.boxes else []:
-        corners = [value * scale for value in box]
-        draw.rectangle(corners, outline="black", width=5)
-        draw.rectangle(corners, outline="white", width=2)
-    for box, label in [] if answer is None else DRAWN.get(task.metric, lambda answer: [])(answer):
-        # An answer may contain any number: clamp the box to the image.
-        x1, y1, x2, y2 = (min(max(value, 0.0), limit) * scale for value, limit in zip(box, image.size * 2))
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline="magenta", width=3)
-        draw.text((x1 + 5, y1 + 3), label, "magenta", font, stroke_width=1, stroke_fill="white")
-    said = " - not parsed" if answer is None else " - No Objects" if answer == [] else f" - {class_of(answer) or ''}"
-    framed = Image.new("RGB", (canvas.width, canvas.height + 24), "white")
-    framed.paste(canvas, (0, 24))
-    ImageDraw.Draw(framed).text((4, 2), f"{category}{said}".rstrip(" -"), "black", font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    framed.save(path)
+# ------------------------------------------------------------------------------------------------
+# What a run keeps for its page.
 
 
-def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
-    """Parse an answer of the model and draw it on the original picture of its prompt."""
-    example, answer = prompt.example, task.parse(text)
-    if task.boxes:
-        answer = map_boxes(answer, lambda box: to_pixels(box, example.size, prompt.target))
-    draw_record(task, open_image(example.images[0]), example.category, example.solution, answer, path)
+def follow(run: Any, ro: Any, step: int) -> None:
+    """Keep the best, the worst and the widest group of a step in OUT/groups.json, and write OUT/report.html anew."""
+    out, task, means = Path(run.cfg.out), run.prompts.task, ro.rewards.mean(1)
+    chosen = {"best": means.argmax(), "worst": means.argmin(), "widest": ro.rewards.var(1, correction=0).argmax()}
+    groups = []
+    for kind, i in chosen.items():
+        prompt, G = ro.prompts[i], ro.rewards.shape[1]
+        example, completions = prompt.example, []
+        for k, text in enumerate(ro.texts[i * G : (i + 1) * G]):
+            answer = task.parse(text)
+            if task.boxes:
+                answer = map_boxes(answer, lambda box: to_pixels(box, example.size, prompt.target))
+            completions.append({
+                "text": text, "boxes": boxes_in(answer) if task.boxes else [], "reward": ro.rewards[i, k].item(),
+                "advantage": ro.advantages[i * G + k].item(),
+                "rewards": {name: part[i, k].item() for name, part in ro.parts.items()},
+            })  # fmt: skip
+        asked = {"id": example.id, "category": example.category, "question": example.question, "size": example.size}
+        true = {"solution": example.solution, "boxes": boxes_in(example.solution) if task.boxes else []}
+        picture = embedded(thumbnail(example))
+        groups.append({"kind": kind, "step": step, **asked, **true, "picture": picture, "completions": completions})
+    write_whole(out / "groups.json", json.dumps(groups, ensure_ascii=False))
+    write_report([out], out / "report.html")
 
 
-def smoothed(values: Sequence[float]) -> np.ndarray:
-    """Return running means of WINDOW values, or of all if there are fewer; plot each at the last value it covers."""
-    width = min(WINDOW, len(values))
-    return np.convolve(values, np.ones(width) / width, "valid")
+def write_whole(file: Path, text: str) -> None:
+    """Write a file beside its place, then rename it."""
+    aside = file.with_name(f"{file.name}.unfinished")
+    aside.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair, as a model may write
+    aside.replace(file)
 
 
-def plot_curves(runs: Sequence[Path], path: Path) -> None:
-    """Draw smoothed curves from the metrics.jsonl of one run, or of several runs with different seeds, a line each."""
-    if not importlib.util.find_spec("matplotlib"):
-        return print(f"{path} is not drawn: pip install matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    runs = [[json.loads(line) for line in run.read_text(encoding="utf-8").splitlines()] for run in runs]
-    panels = [
-        [name for name in runs[0][0] if name == "reward" or name.startswith("reward/")],
-        ["reward_std", "zero_variance_groups", "parsed", "no_objects"],
-        ["completion_tokens"],
-        ["kl", "clip_fraction", "grad_norm"],
-    ]
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
-    for axis, names in zip(axes.flat, panels):
-        for color, name in enumerate(names):
-            label = name
-            for rows in runs:
-                steps = [row["step"] for row in rows if name in row]
-                if steps:
-                    means = smoothed([row[name] for row in rows if name in row])
-                    axis.plot(steps[-len(means) :], means, color=f"C{color}", label=label, linewidth=1.3)
-                    label = None  # one legend entry per metric, not one per run
-        axis.set_xlabel(f"step (mean of {WINDOW})")
-        if axis.lines:
-            axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+def rows_of(file: Path) -> list[dict]:
+    """Read a .jsonl file as far as it was written; nothing if there is none."""
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
-def draw_pair(pair: dict, parts: Sequence[Box] | None, path: Path, height: int = 300) -> None:
-    """Save the images of a preference pair with the share of attention on each part and both answers below.
+def as_svg(figure: Any) -> str:
+    """Return a figure as the address of an image in the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
-    The part that was asked about is framed in green. parts: boxes in fractions of the single image; None means that
-    every image is a part.
-    """
-    font, frames, x = ImageFont.load_default(18), [], 8
-    pictures = [open_image(Path(image)) for image in pair["image"]]
-    pictures = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
-    text = f"{pair['prompt'].replace(IMAGE_MARK, '').strip()}\nchosen: {pair['chosen']}\nrejected: {pair['rejected']}"
-    lines = [line[at : at + 110] for line in text.splitlines() for at in range(0, max(1, len(line)), 110)]
-    width = max(sum(p.width + 8 for p in pictures) + 8, 900)
-    sheet = Image.new("RGB", (width, height + 24 + 24 * len(lines)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for picture in pictures:
-        sheet.paste(picture, (x, 8))
-        for left, top, right, bottom in parts or [(0, 0, 1, 1)]:
-            frames.append((x + left * picture.width, 8 + top * height, x + right * picture.width, 8 + bottom * height))
-        x += picture.width + 8
-    for i, (frame, share) in enumerate(zip(frames, pair["shares"])):
-        draw.rectangle(frame, outline="green" if i == pair["target"] else "magenta", width=3)
-        draw.text((frame[0] + 6, frame[1] + 4), f"{share:.2f}", "black", font, stroke_width=3, stroke_fill="white")
-    for i, line in enumerate(lines):
-        draw.text((8, height + 16 + 24 * i), line, "black", font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+
+# ------------------------------------------------------------------------------------------------
+# The page, part by part. Each function returns HTML, or nothing where there is nothing to show.
+
+
+def esc(value: Any, most: int = 1500) -> str:
+    """Escape a text of anybody's for HTML, and cut it off at `most` characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return html.escape(text if len(text) <= most else f"{text[:most]} … ({len(text)} characters)")
+
+
+def embedded(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def opened(address: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of cells that are HTML already."""
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<div class=wide><table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table></div>"
+
+
+def bar(value: float, most: float = 1.0) -> str:
+    """Return a number with a bar whose full length is `most`."""
+    share = 100 * min(1.0, max(0.0, value / most)) if most > 0 and math.isfinite(value) else 0
+    return f'<span class=bar><i style="width:{share:.0f}%"></i></span> {value:.3g}'
+
+
+def what_ran(folders: Sequence[Path]) -> str:
+    rows = []
+    for folder in folders:
+        settings, logged = config_of(folder), rows_of(folder / "metrics.jsonl")
+        setup = (folder / "setup.txt").read_text(encoding="utf-8") if (folder / "setup.txt").exists() else ""
+        said = [line for line in setup.split("first prompt")[0].splitlines() if line and not line.startswith("  ")]
+        seconds = sum(value for row in logged for name, value in row.items() if name.startswith("seconds/"))
+        did = f"{logged[-1]['step']} of {settings.get('steps')} steps, {seconds:,.0f} s" if logged else "evaluation"
+        about = "".join(f"<li>{esc(line, 600)}" for line in said)
+        rows.append([f"<b>{esc(folder.name)}</b>", did, f"<ul>{about}</ul><details><summary>all settings and the first "
+                     f"prompt</summary><pre>{esc(setup, 20_000)}</pre></details>"])  # fmt: skip
+    return f"<h2>What ran</h2>{table(['folder', 'what', 'how'], rows)}"
+
+
+def what_is_rewarded(folders: Sequence[Path]) -> str:
+    entries = {e: None for folder in folders for e in config_of(folder).get("rewards") or first_rewards(folder)}
+    rows = []
+    for name, weight in reward_weights(list(entries)).items() if entries else ():
+        rule = (REWARDS[name].__doc__ or "").split("\n")[0] if name in REWARDS else "your own"
+        rows.append([esc(name), f"{weight:g}", esc(rule)])
+    return f"<h2>What is rewarded</h2>{REWARDED}{table(['reward', 'weight', 'rule'], rows)}" if rows else ""
+
+
+def first_rewards(folder: Path) -> list[str]:
+    """Return the names of the rewards of a run whose --rewards are the task's own."""
+    logged = rows_of(folder / "metrics.jsonl")
+    return [name.partition("/")[2] for name in (logged[0] if logged else ()) if name.startswith("reward/")]
+
+
+def config_of(folder: Path) -> dict:
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def before_after(evaluations: Sequence[Path]) -> str:
+    """Return scores of all evaluations, outcomes, what the last gained and lost on the first, AP by category."""
+    if not evaluations:
+        return ""
+    scores = [json.loads((folder / "scores.json").read_text(encoding="utf-8")) for folder in evaluations]
+    records = [rows_of(folder / "predictions.jsonl") for folder in evaluations]
+    head = ["", *(esc(folder.name) for folder in evaluations)]
+    counts = [Counter(map(outcome, each)) for each in records]
+    rows = [["<b>questions</b>", *(f"<b>{len(each)}</b>" for each in records)]]
+    for kind in (kind for kind in OUTCOMES if any(c[kind] for c in counts)):
+        rows.append([OUTCOMES[kind], *(f"{bar(c[kind] / c.total())} ({c[kind]})" for c in counts)])
+    for name in (name for name, value in scores[-1].items() if isinstance(value, float)):
+        most = max(1.0, *(s.get(name, 0.0) for s in scores))
+        rows.append([esc(name), *(bar(s[name], most) if name in s else "" for s in scores)])
+    text = f"<h2>Held-out questions</h2>{table(head, rows)}<p>{esc(scores[-1]['protocol'])}</p>"
+    if len(records) > 1:
+        gained, lost, p = compared(records[0], records[-1])
+        chance = f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
+        text += (f"<p><b>From {esc(evaluations[0].name)} to {esc(evaluations[-1].name)}: {gained} questions gained "
+                 f"(✓ now, not before), {lost} lost</b>; sign test: {chance} that this is chance.</p>")  # fmt: skip
+    each = [s.get("categories", {}) for s in scores]
+    main = next((name for name in ("AP", "accuracy") if each[-1] and name in next(iter(each[-1].values()))), None)
+    if main:
+        by = [[esc(name), *(bar(e[name][main]) if name in e else "" for e in each)] for name in sorted(each[-1])[:100]]
+        text += f"<details open><summary>{main} by category</summary>{table(head, by)}</details>"
+    return text
+
+
+def pictured(folder: Path, records: Sequence[dict], budget: list[int]) -> dict[int, str]:
+    """Return {row: a card} for the answers of an evaluation that have a thumbnail, as far as the budget goes."""
+    cards = {}
+    for r in records:
+        file = folder / "thumbnails" / f"{r['row']:06d}.jpg"
+        if file.exists() and budget[0] > 0:
+            metric, answer = answer_of(r)
+            with Image.open(file) as picture:
+                image = embedded(draw_boxes(picture, r["size"], marks_of(metric, r["solution"], answer)))
+            budget[0] -= len(image)
+            earned = ", ".join(f"{esc(name)} {value:.2f}" for name, value in r["rewards"].items())
+            true = "" if r["size"] else f"<br>true: {esc(r['solution'], 200)}"
+            cards[r["row"]] = (
+                f'<figure><img src="{image}" alt=""><figcaption><b>{esc(r["category"], 200)}</b> · '
+                f"{OUTCOMES[outcome(r)].partition(' (')[0]}<br>{earned}{true}"
+                f"<pre>{esc(r['completion'], 600)}</pre></figcaption></figure>"
+            )
+    return cards
+
+
+def answers(evaluations: Sequence[Path], budget: list[int]) -> str:
+    """Return the same questions in the first and the last evaluation, then answers of the last by outcome."""
+    if not evaluations:
+        return ""
+    records = {folder: rows_of(folder / "predictions.jsonl") for folder in evaluations}
+    first, last = evaluations[0], evaluations[-1]
+    text, cards = "", pictured(last, records[last], budget)
+    if first != last:
+        both = [r for r in records[first] if r["row"] in cards]
+        chosen = [both[i] for i in sorted(set(np.linspace(0, len(both) - 1, min(8, len(both)), dtype=int).tolist()))]
+        then = pictured(first, chosen, budget)
+        pairs = "".join(f"<div class=pair>{then[row]}{cards[row]}</div>" for row in then)
+        text += f"<h2>The same questions: {esc(first.name)} (left), {esc(last.name)} (right)</h2>"
+        text += f"{LEGEND}<div class=row>{pairs}</div>"
+    kinds: dict[str, list[str]] = {}
+    for r in records[last]:
+        if r["row"] in cards:
+            kinds.setdefault(outcome(r), []).append(cards[r["row"]])
+    text += f"<h2>Answers of {esc(last.name)} by outcome</h2>{LEGEND}"
+    for kind in (kind for kind in OUTCOMES if kind in kinds):
+        text += f"<h3>{OUTCOMES[kind]}</h3><div class=row>{''.join(kinds[kind][:PER_OUTCOME])}</div>"
+    return text
+
+
+def groups_of(folder: Path, budget: list[int]) -> str:
+    """Return the kept groups of a run: the picture with all boxes, and every completion with its rewards as bars."""
+    file, text = folder / "groups.json", ""
+    for group in json.loads(file.read_text(encoding="utf-8")) if file.exists() else []:
+        best_first = sorted(enumerate(group["completions"], 1), key=lambda pair: -pair[1]["advantage"])
+        marks = [Mark(tuple(box)) for box in group["boxes"]]
+        for number, c in reversed(best_first):
+            color = BETTER if c["advantage"] > 0 else WORSE
+            marks += [Mark(tuple(box), color, f"{number}", dashed=c["advantage"] <= 0) for box in c["boxes"]]
+        image = embedded(draw_boxes(opened(group["picture"]), group["size"], marks))
+        budget[0] -= len(image)
+        parts = list(group["completions"][0]["rewards"])
+        most = {name: max(1.0, *(c["rewards"][name] for c in group["completions"])) for name in parts}
+        rows = [
+            [f"{number}", f"{c['advantage']:+.2f}", *(bar(c["rewards"][name], most[name]) for name in parts),
+             f"<pre>{esc(c['text'], 600)}</pre>"]
+            for number, c in best_first
+        ]  # fmt: skip
+        mean = sum(c["reward"] for c in group["completions"]) / len(best_first)
+        asked = esc(group["question"] or group["category"], 400)
+        true = "" if group["boxes"] else f" True: {esc(group['solution'] or 'No Objects', 200)}."
+        text += (f"<h3>{KINDS[group['kind']]}: mean reward {mean:.2f}</h3><p>Asked: {asked}.{true}</p><div class=group>"
+                 f'<figure><img src="{image}" alt=""></figure>{table(["#", "advantage", *map(esc, parts), "completion"], rows)}'
+                 "</div>")  # fmt: skip
+    return f"<h2>Groups of step {group['step']} of {esc(folder.name)}</h2>{GROUPS}{text}" if text else ""
+
+
+def all_curves(runs: Sequence[Path]) -> str:
+    """Return a small figure per logged metric; those that never change are listed by name."""
+    logged = {folder.name if folder.name not in ("train", "") else str(folder): rows_of(folder / "metrics.jsonl")
+              for folder in runs}  # fmt: skip
+    names = dict.fromkeys(name for rows in logged.values() for row in rows for name in row if name != "step")
+    values = {name: {row[name] for rows in logged.values() for row in rows if name in row} for name in names}
+    changing = [name for name in names if len(values[name]) > 1]
+    changing.sort(key=lambda name: (not name.startswith("reward"), name == "lr" or "seconds" in name))
+    images = "".join(f'<img class=curve src="{as_svg(curves(logged, [n]))}" alt="{esc(n)}">' for n in changing)
+    constant = ", ".join(f"{esc(name)} {min(values[name]):g}" for name in names if name not in changing)
+    never = f"<p>Never changed: {constant}.</p>" if constant else ""
+    return f"<h2>Curves</h2><div class=row>{images}</div>{never}" if changing else never
+
+
+def pairs_of(folder: Path, budget: list[int]) -> str:
+    """Return the pictures of preference pairs that mia_dpo.py build drew for the pairs of a run."""
+    source = config_of(folder).get("pairs")
+    found = sorted((Path(source).with_suffix("") / "pictures").glob("*.png"))[:PER_OUTCOME] if source else []
+    text = ""
+    for file in found:
+        with Image.open(file) as picture:
+            picture.thumbnail((900, 900))
+            text += f'<figure><img src="{embedded(picture.convert("RGB"))}" alt=""></figure>'
+    return f"<h2>Preference pairs</h2>{PAIRS}{text}" if text else ""
+
+
+def write_report(folders: Sequence[Path], file: Path) -> None:
+    """Write a page about runs and evaluations; evaluations inside a single run are taken with it."""
+    runs = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
+    inside = sorted(folders[0].glob("eval_*")) if len(folders) == 1 else []
+    evaluations = [folder for folder in (*folders, *inside) if (folder / "scores.json").exists()]
+    budget = [LARGEST]
+    parts = [what_is_rewarded(folders), before_after(evaluations), answers(evaluations, budget), all_curves(runs)]
+    parts += [groups_of(run, budget) for run in runs[:3]] + [pairs_of(run, budget) for run in runs[:1]]
+    parts.append(what_ran(folders))
+    title = "ViRFT: " + ", ".join(folder.name for folder in folders)
+    head, foot = PAGE.split("BODY")
+    write_whole(file, "\n".join([head.replace("TITLE", html.escape(title)), *filter(None, parts), foot]))
+
+
+KINDS = {"best": "Highest rewards", "worst": "Lowest rewards", "widest": "Most different rewards, which teach most"}
+REWARDED = (
+    "<p>Rules, not people, score every answer. Training samples several answers to a question, compares their scores, "
+    "and makes the better ones likelier.</p>"
+)
+LEGEND = "<p class=legend><b class=t>solid green: true</b> <b class=a>dashed magenta: the answer, with its IoU</b></p>"
+GROUPS = (
+    "<p class=legend>All answers to one question, best first. Only differences within the group count. "
+    "<b class=t>green: true</b> <b class=g>solid blue: better than the group's mean, made likelier</b> "
+    "<b class=w>dashed orange: not better, made less likely</b></p>"
+)
+PAIRS = "<p>Green: the part that was asked about. Numbers: shares of the attention on the pictures.</p>"
+PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<meta http-equiv=Content-Security-Policy content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>TITLE</title><style>
+body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1300px;padding:0 12px;color:#222}
+h1,h2,h3{line-height:1.2}h2{border-top:2px solid #ccc;padding-top:12px}img{max-width:100%;height:auto}
+table{border-collapse:collapse;font-size:13px}ul{margin:0;padding-left:16px}
+td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12px;margin:2px 0;max-height:15em;overflow:auto}
+.wide{overflow-x:auto}.row,.pair,.group{display:flex;flex-wrap:wrap;gap:10px;margin:8px 0}
+figure{margin:0;flex:0 1 300px;font-size:13px}.pair{border:1px solid #ddd;padding:6px}
+.group figure{flex:0 1 460px}.group .wide{flex:1 1 500px}
+.curve{flex:0 1 300px;max-width:300px}
+.bar{display:inline-block;width:60px;height:9px;background:#eee;border:1px solid #999}
+.bar i{display:block;height:100%;background:#0057d9}
+.t{color:#00803a}.a{color:#d6006d}.g{color:#0057d9}.w{color:#c25400}.legend b{margin-right:14px}
+</style><h1>TITLE</h1>
+<p>A model answers questions about pictures. This page shows what it is rewarded for, what it learned, and where it is
+wrong.</p>
+BODY</html>
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, help="the file to write; by default report.html in the first folder")
+    args = parser.parse_args(argv)
+    for folder in args.folders:
+        if not any((folder / name).exists() for name in ("metrics.jsonl", "scores.json")):
+            parser.error(f"{folder} holds no run (metrics.jsonl) and no finished evaluation (scores.json)")
+    file = args.out or args.folders[0] / "report.html"
+    write_report(args.folders, file)
+    print(f"{file}, {file.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -730,7 +730,7 @@ def test_training_raises_the_margin_and_writes_what_it_promises(built, llava_dir
     assert {"seconds/train", "seconds/reference", "grad_norm", "logp_chosen", "logp_rejected"} <= set(rows[0])
     details = rows_of(out / "rollouts.jsonl")
     assert len(details) == 48 and {"id", "margin", "logp_rejected"} <= set(details[0])
-    assert (out / "curves.png").exists() and "chosen: <answer>" in (out / "setup.txt").read_text()
+    assert (out / "report.html").exists() and "chosen: <answer>" in (out / "setup.txt").read_text()
     before, after = (load_file(folder / "model.safetensors") for folder in (llava_dir, out / "model"))
     assert any(not torch.equal(before[name], after[name]) for name in after)
 

@@ -414,7 +414,7 @@ def test_the_demos_run(house, family):
     out = house / "runs" / ("demo" + (f"_{family.replace('-', '_')}" if family else ""))
     assert json.loads((out / "summary.json").read_text()).keys() >= {"before", "after"}
     if not family:
-        assert (out / "before_after.png").exists() and (out / "train" / "curves.png").exists()
+        assert (out / "before_after.png").exists() and (out / "report.html").exists()
         assert "uniform resize" in run_sh(house, "controls").stdout
         assert "G 2" in run_sh(house, "breakages", "--seeds", "0", "--only", "G 2").stdout
         assert (out / "breakages.png").exists() and (out / "curves.png").exists()

@@ -91,7 +91,7 @@ def test_training_writes_what_it_promises(trained):
     assert rollouts[0]["rewards"].keys() == {"iou", "confidence", "format"}
     assert rollouts[0]["reward"] == pytest.approx(sum(rollouts[0]["rewards"].values()))
     assert len({r["completion"] for r in rollouts[:4]}) > 1, "completions of a group differ"
-    assert (out / "curves.png").exists()
+    assert (out / "report.html").exists()
     assert json.loads((out / "config.json").read_text())["inner_epochs"] == 2
     assert json.loads((out / "eval_000003" / "scores.json").read_text())["answers"] == 6
 
@@ -226,7 +226,7 @@ def test_the_model_is_saved_before_anything_is_drawn(llava_dir, shapes_dir, tmp_
     def no_space(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(report, "plot_curves", no_space)
+    monkeypatch.setattr(report, "write_report", no_space)
     with pytest.raises(OSError, match="No space"):
         virft.main(small_run(shapes_dir, llava_dir, tmp_path / "run"))
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
@@ -324,7 +324,7 @@ def test_an_interruption_leaves_a_checkpoint(llava_dir, shapes_dir, tmp_path, nu
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "finishing this step" in errors
     done = int(re.search(r"(\d+) of 10000 steps done; --resume true continues", printed).group(1))
-    assert (out / "curves.png").exists() and not (out / "model").exists()
+    assert (out / "report.html").exists() and not (out / "model").exists()
     AutoModelForImageTextToText.from_pretrained(out / "checkpoints" / f"step_{done:06d}" / "model")
 
 
