@@ -765,7 +765,8 @@ def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
             stop = stopping()
             if stop or due(step, cfg.save_every):
                 extra("checkpoints", "--save_every").save(run)
-            if report and run.main and any(due(step, n) for n in (REPORT_EVERY, cfg.eval_every, cfg.save_every)):
+            shown = any(due(step, n) for n in (REPORT_EVERY, cfg.eval_every, cfg.save_every)) and step < cfg.steps
+            if report and run.main and shown:
                 report.follow(run, ro, step)
             if stop:
                 break

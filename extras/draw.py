@@ -17,8 +17,10 @@ from data import (
 )  # fmt: skip
 from rewards import Box, box_iou
 
+PLOTS = importlib.util.find_spec("matplotlib") is not None
 LONG_SIDE = (448, 1024)  # bounds of a drawn picture's longer side, in pixels
 WINDOW = 20  # curves are means over this many steps
+POINTS = 400  # at most, of the lines in a panel
 TRUE, ANSWERED, BETTER, WORSE = "#00803a", "#d6006d", "#0057d9", "#c25400"
 
 
@@ -32,8 +34,8 @@ class Mark(NamedTuple):
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Return DejaVu, which has Latin, Greek, Cyrillic, Arabic and Hebrew; without matplotlib, Pillow's Latin font."""
-    if not importlib.util.find_spec("matplotlib"):
+    """Return DejaVu, which has Latin, Greek, Cyrillic and Arabic letters; without matplotlib, Pillow's Latin font."""
+    if not PLOTS:
         return ImageFont.load_default(size)
     import matplotlib
 
@@ -52,7 +54,7 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 
 
 def thumbnail(example: Example, side: int = 512) -> Image.Image:
-    """Return the pictures of an example in a row, at most `side` pixels high and, each, wide."""
+    """Return the picture of an example, at most `side` pixels wide and high; several in a row, of that mean width."""
     picture = side_by_side(open_images(example), gap=4) if len(example.images) > 1 else open_image(example.images[0])
     picture.thumbnail((side * len(example.images), side))
     return picture
@@ -70,7 +72,7 @@ def marks_of(metric: str, solution: Any, answer: Any) -> list[Mark]:
     for box, confidence in given or []:
         if box is not None:
             fit = max((box_iou(box, other) for other in true), default=None)
-            label = "" if fit is confidence is None else f"{confidence:.2f}" if fit is None else f"IoU {fit:.2f}"
+            label = f"IoU {fit:.2f}" if true else "" if confidence is None else f"{confidence:.2f}"
             marks.append(Mark(tuple(box), ANSWERED, label, dashed=True))
     return marks
 
@@ -91,7 +93,7 @@ def draw_boxes(picture: Image.Image, size: Size | None, marks: Sequence[Mark]) -
         limits = (round(size[0] * scale) - 1, canvas.height - 1)
         # An answer may contain any number: clamp the box to the picture.
         x1, y1, x2, y2 = (round(min(max(value * scale, 0.0), limit)) for value, limit in zip(mark.box, limits * 2))
-        outline(draw, (x1, y1, max(x1, x2), max(y1, y2)), mark, width)
+        outline(draw, (x1, y1, max(x1, x2), max(y1, y2)), mark.color, mark.dashed, width)
         labels += [(x1, y1, y2, mark)] if mark.label else []
     for left, top, bottom, mark in labels:
         x1, y1, x2, y2 = draw.textbbox((0, 0), mark.label, letters)
@@ -108,19 +110,19 @@ def draw_boxes(picture: Image.Image, size: Size | None, marks: Sequence[Mark]) -
     return canvas
 
 
-def outline(draw: ImageDraw.ImageDraw, corners: tuple[int, int, int, int], mark: Mark, width: int) -> None:
+def outline(draw: ImageDraw.ImageDraw, corners: tuple[int, int, int, int], color: str, dashed: bool, width: int):
     """Draw a rectangle on a white one, so that it shows on any ground."""
     x1, y1, x2, y2 = corners
     draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="white", width=width + 2)
-    if not mark.dashed:
-        return draw.rectangle(corners, outline=mark.color, width=width)
+    if not dashed:
+        return draw.rectangle(corners, outline=color, width=width)
     dash = 5 * width
     for x in range(x1, x2 + 1, 2 * dash):
         for y in (y1, max(y1, y2 - width + 1)):
-            draw.rectangle((x, y, min(x + dash, x2), min(y + width - 1, y2)), fill=mark.color)
+            draw.rectangle((x, y, min(x + dash, x2), min(y + width - 1, y2)), fill=color)
     for y in range(y1, y2 + 1, 2 * dash):
         for x in (x1, max(x1, x2 - width + 1)):
-            draw.rectangle((x, y, min(x + width - 1, x2), min(y + dash, y2)), fill=mark.color)
+            draw.rectangle((x, y, min(x + width - 1, x2), min(y + dash, y2)), fill=color)
 
 
 def titled(picture: Image.Image, title: str, legend: bool = True) -> Image.Image:
@@ -132,10 +134,9 @@ def titled(picture: Image.Image, title: str, legend: bool = True) -> Image.Image
     sheet.paste(picture, (0, at + 26 * legend))
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 2), "\n".join(lines), "black", letters, spacing=4)
-    shown = [(6, "true", Mark((), TRUE)), (140, "answer", Mark((), ANSWERED, dashed=True))]
-    for x, text, mark in shown if legend else []:
-        outline(draw, (x, at + 4, x + 34, at + 19), mark, 3)
-        draw.text((x + 42, at), text, mark.color, letters)
+    for x, text, color in [(6, "true", TRUE), (140, "answer", ANSWERED)] if legend else []:
+        outline(draw, (x, at + 4, x + 34, at + 19), color, color == ANSWERED, 3)
+        draw.text((x + 42, at), text, color, letters)
     return sheet
 
 
@@ -199,7 +200,8 @@ def curves(runs: dict[str, list[dict]], names: Sequence[str], columns: int = 1) 
     from matplotlib.figure import Figure
 
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.7 * columns, 2.3 * rows), layout="constrained")
+    figure = Figure(figsize=(3.7 * columns, 2.3 * rows))
+    figure.subplots_adjust(0.15 / columns, 0.2 / rows, 1 - 0.03 / columns, 1 - 0.12 / rows, hspace=0.5)
     lines = [(label, logged, f"C{i}") for i, (label, logged) in enumerate(runs.items())]
     for axis, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
         draw_curve(axis, lines, name)
@@ -211,9 +213,10 @@ def draw_curve(axis: Any, lines: Sequence[tuple[str | None, list[dict], str]], n
     for i, (label, logged, color) in enumerate(lines):
         steps, values = [row["step"] for row in logged if name in row], [row[name] for row in logged if name in row]
         if steps:
-            means, style = smoothed(values), ("-", "--", "-.", ":")[i % 4]
-            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
-            axis.plot(steps[-len(means) :], means, style, color=color, linewidth=1.5, label=label)
+            means, style, every = smoothed(values), ("-", "--", "-.", ":")[i % 4], -(-len(steps) * len(lines) // POINTS)
+            axis.plot(steps[::every], values[::every], color=color, alpha=0.25, linewidth=0.7)
+            at = steps[-len(means) :]
+            axis.plot(at[::every], means[::every], style, color=color, linewidth=1.5, label=label)
     unit = "mean" if name.startswith("reward/") else "seconds" if name.startswith("seconds/") else UNITS.get(name)
     axis.set_title(f"{name} ({unit})" if unit else name, fontsize=8, parse_math=False)
     axis.set_xlabel(f"step (bold: mean of {WINDOW})", fontsize=7)

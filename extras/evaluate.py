@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import DataError, Example, Prompt, Task, append_rows, map_boxes, to_pixels, whole
 from extras.draw import thumbnail
-from extras.outcomes import OUTCOMES, outcome
+from extras.outcomes import outcome
 from extras.report import write_report
 from rewards import Box, accuracy_reward, answer_shares, box_iou, published_accuracy
 
@@ -327,8 +327,9 @@ def write_evaluation(
     if task.metric == "detection":
         (out / "detections.json").write_text(json.dumps(coco_results(records)) + "\n")
     pictured = set(np.linspace(0, len(records) - 1, min(evenly, len(records)), dtype=int).tolist())
-    for kind in OUTCOMES:
-        pictured |= set([i for i, r in enumerate(records) if outcome(r) == kind][:of_each])
+    kinds = [outcome(r) for r in records]
+    for kind in set(kinds):
+        pictured |= set([i for i, other in enumerate(kinds) if other == kind][:of_each])
     (out / "thumbnails").mkdir(exist_ok=True)
     for row in (records[i]["row"] for i in sorted(pictured)):
         thumbnail(examples[row]).save(out / "thumbnails" / f"{row:06d}.jpg", quality=92, subsampling=0)

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data import boxes_in, map_boxes, to_pixels
-from extras.draw import BETTER, WORSE, Mark, curves, draw_boxes, marks_of, thumbnail
+from data import TASKS, boxes_in, map_boxes, to_pixels
+from extras.draw import BETTER, PLOTS, WORSE, Mark, curves, draw_boxes, marks_of, thumbnail
 from extras.outcomes import OUTCOMES, answer_of, compared, outcome
 from rewards import REWARDS, reward_weights
 
-LARGEST = 5_500_000  # characters of pictures in a page
+ANSWERS = 1_800_000  # characters of the pictures of answers; the other parts of a page are bounded by number
 PER_OUTCOME = 6  # pictured answers
 
 # ------------------------------------------------------------------------------------------------
@@ -120,24 +120,26 @@ def what_ran(folders: Sequence[Path]) -> str:
         seconds = sum(value for row in logged for name, value in row.items() if name.startswith("seconds/"))
         did = f"{logged[-1]['step']} of {settings.get('steps')} steps, {seconds:,.0f} s" if logged else "evaluation"
         about = "".join(f"<li>{esc(line, 600)}" for line in said)
-        rows.append([f"<b>{esc(folder.name)}</b>", did, f"<ul>{about}</ul><details><summary>all settings and the first "
-                     f"prompt</summary><pre>{esc(setup, 20_000)}</pre></details>"])  # fmt: skip
+        more = f"<details><summary>all settings and the first prompt</summary><pre>{esc(setup, 20_000)}</pre></details>"
+        rows.append([f"<b>{esc(name_of(folder))}</b>", did, f"<ul>{about}</ul>{more}"])
     return f"<h2>What ran</h2>{table(['folder', 'what', 'how'], rows)}"
 
 
 def what_is_rewarded(folders: Sequence[Path]) -> str:
-    entries = {e: None for folder in folders for e in config_of(folder).get("rewards") or first_rewards(folder)}
-    rows = []
-    for name, weight in reward_weights(list(entries)).items() if entries else ():
-        rule = (REWARDS[name].__doc__ or "").split("\n")[0] if name in REWARDS else "your own"
-        rows.append([esc(name), f"{weight:g}", esc(rule)])
-    return f"<h2>What is rewarded</h2>{REWARDED}{table(['reward', 'weight', 'rule'], rows)}" if rows else ""
+    """Return the rewards of runs, or of evaluations, with the first line of each one's docstring."""
+    rows = {}
+    for config in map(config_of, folders):
+        own = TASKS[config["task"]].rewards if config.get("task") in TASKS else {}
+        for name, weight in (reward_weights(config.get("rewards") or []) or own).items():
+            rule = (REWARDS[name].__doc__ or "").split("\n")[0] if name in REWARDS else "your own"
+            rows[name, weight] = [esc(name), f"{weight:g}", esc(rule)]
+    head = ["reward", "weight", "rule"]
+    return f"<h2>What is rewarded</h2>{REWARDED}{table(head, rows.values())}" if rows else ""
 
 
-def first_rewards(folder: Path) -> list[str]:
-    """Return the names of the rewards of a run whose --rewards are the task's own."""
-    logged = rows_of(folder / "metrics.jsonl")
-    return [name.partition("/")[2] for name in (logged[0] if logged else ()) if name.startswith("reward/")]
+def name_of(folder: Path) -> str:
+    """Return the last two parts of a path, such as demo/before."""
+    return "/".join(folder.resolve().parts[-2:])
 
 
 def config_of(folder: Path) -> dict:
@@ -151,7 +153,7 @@ def before_after(evaluations: Sequence[Path]) -> str:
         return ""
     scores = [json.loads((folder / "scores.json").read_text(encoding="utf-8")) for folder in evaluations]
     records = [rows_of(folder / "predictions.jsonl") for folder in evaluations]
-    head = ["", *(esc(folder.name) for folder in evaluations)]
+    head = ["", *(esc(name_of(folder)) for folder in evaluations)]
     counts = [Counter(map(outcome, each)) for each in records]
     rows = [["<b>questions</b>", *(f"<b>{len(each)}</b>" for each in records)]]
     for kind in (kind for kind in OUTCOMES if any(c[kind] for c in counts)):
@@ -163,8 +165,8 @@ def before_after(evaluations: Sequence[Path]) -> str:
     if len(records) > 1:
         gained, lost, p = compared(records[0], records[-1])
         chance = f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
-        text += (f"<p><b>From {esc(evaluations[0].name)} to {esc(evaluations[-1].name)}: {gained} questions gained "
-                 f"(✓ now, not before), {lost} lost</b>; sign test: {chance} that this is chance.</p>")  # fmt: skip
+        changed = f"From {head[1]} to {head[-1]}: {gained} questions gained (✓ now, not before), {lost} lost"
+        text += f"<p><b>{changed}</b>; sign test: {chance} that this is chance.</p>"
     each = [s.get("categories", {}) for s in scores]
     main = next((name for name in ("AP", "accuracy") if each[-1] and name in next(iter(each[-1].values()))), None)
     if main:
@@ -173,16 +175,16 @@ def before_after(evaluations: Sequence[Path]) -> str:
     return text
 
 
-def pictured(folder: Path, records: Sequence[dict], budget: list[int]) -> dict[int, str]:
-    """Return {row: a card} for the answers of an evaluation that have a thumbnail, as far as the budget goes."""
+def pictured(folder: Path, records: Sequence[dict], most: int) -> dict[int, str]:
+    """Return {row: a card} for answers of an evaluation that have a thumbnail, of about `most` characters in all."""
     cards = {}
     for r in records:
         file = folder / "thumbnails" / f"{r['row']:06d}.jpg"
-        if file.exists() and budget[0] > 0:
+        if file.exists() and most > 0:
             metric, answer = answer_of(r)
             with Image.open(file) as picture:
                 image = embedded(draw_boxes(picture, r["size"], marks_of(metric, r["solution"], answer)))
-            budget[0] -= len(image)
+            most -= len(image)
             earned = ", ".join(f"{esc(name)} {value:.2f}" for name, value in r["rewards"].items())
             true = "" if r["size"] else f"<br>true: {esc(r['solution'], 200)}"
             cards[r["row"]] = (
@@ -193,31 +195,31 @@ def pictured(folder: Path, records: Sequence[dict], budget: list[int]) -> dict[i
     return cards
 
 
-def answers(evaluations: Sequence[Path], budget: list[int]) -> str:
+def answers(evaluations: Sequence[Path]) -> str:
     """Return the same questions in the first and the last evaluation, then answers of the last by outcome."""
     if not evaluations:
         return ""
     records = {folder: rows_of(folder / "predictions.jsonl") for folder in evaluations}
     first, last = evaluations[0], evaluations[-1]
-    text, cards = "", pictured(last, records[last], budget)
+    text, cards = "", pictured(last, records[last], ANSWERS * 2 // 3)
     if first != last:
         both = [r for r in records[first] if r["row"] in cards]
         chosen = [both[i] for i in sorted(set(np.linspace(0, len(both) - 1, min(8, len(both)), dtype=int).tolist()))]
-        then = pictured(first, chosen, budget)
+        then = pictured(first, chosen, ANSWERS // 3)
         pairs = "".join(f"<div class=pair>{then[row]}{cards[row]}</div>" for row in then)
-        text += f"<h2>The same questions: {esc(first.name)} (left), {esc(last.name)} (right)</h2>"
+        text += f"<h2>The same questions: {esc(name_of(first))} (left), {esc(name_of(last))} (right)</h2>"
         text += f"{LEGEND}<div class=row>{pairs}</div>"
     kinds: dict[str, list[str]] = {}
     for r in records[last]:
         if r["row"] in cards:
             kinds.setdefault(outcome(r), []).append(cards[r["row"]])
-    text += f"<h2>Answers of {esc(last.name)} by outcome</h2>{LEGEND}"
+    text += f"<h2>Answers of {esc(name_of(last))} by outcome</h2>{LEGEND}"
     for kind in (kind for kind in OUTCOMES if kind in kinds):
         text += f"<h3>{OUTCOMES[kind]}</h3><div class=row>{''.join(kinds[kind][:PER_OUTCOME])}</div>"
     return text
 
 
-def groups_of(folder: Path, budget: list[int]) -> str:
+def groups_of(folder: Path) -> str:
     """Return the kept groups of a run: the picture with all boxes, and every completion with its rewards as bars."""
     file, text = folder / "groups.json", ""
     for group in json.loads(file.read_text(encoding="utf-8")) if file.exists() else []:
@@ -227,7 +229,6 @@ def groups_of(folder: Path, budget: list[int]) -> str:
             color = BETTER if c["advantage"] > 0 else WORSE
             marks += [Mark(tuple(box), color, f"{number}", dashed=c["advantage"] <= 0) for box in c["boxes"]]
         image = embedded(draw_boxes(opened(group["picture"]), group["size"], marks))
-        budget[0] -= len(image)
         parts = list(group["completions"][0]["rewards"])
         most = {name: max(1.0, *(c["rewards"][name] for c in group["completions"])) for name in parts}
         rows = [
@@ -237,17 +238,18 @@ def groups_of(folder: Path, budget: list[int]) -> str:
         ]  # fmt: skip
         mean = sum(c["reward"] for c in group["completions"]) / len(best_first)
         asked = esc(group["question"] or group["category"], 400)
-        true = "" if group["boxes"] else f" True: {esc(group['solution'] or 'No Objects', 200)}."
-        text += (f"<h3>{KINDS[group['kind']]}: mean reward {mean:.2f}</h3><p>Asked: {asked}.{true}</p><div class=group>"
-                 f'<figure><img src="{image}" alt=""></figure>{table(["#", "advantage", *map(esc, parts), "completion"], rows)}'
-                 "</div>")  # fmt: skip
-    return f"<h2>Groups of step {group['step']} of {esc(folder.name)}</h2>{GROUPS}{text}" if text else ""
+        true = esc("No Objects" if group["solution"] == [] else group["solution"], 200)
+        told = table(["#", "advantage", *map(esc, parts), "completion"], rows)
+        text += (f"<h3>{KINDS[group['kind']]}: mean reward {mean:.2f}</h3><p>Asked: {asked}. True: {true}.</p>"
+                 f'<div class=group><figure><img src="{image}" alt=""></figure>{told}</div>')  # fmt: skip
+    return f"<h2>Groups of step {group['step']} of {esc(name_of(folder))}</h2>{GROUPS}{text}" if text else ""
 
 
 def all_curves(runs: Sequence[Path]) -> str:
     """Return a small figure per logged metric; those that never change are listed by name."""
-    logged = {folder.name if folder.name not in ("train", "") else str(folder): rows_of(folder / "metrics.jsonl")
-              for folder in runs}  # fmt: skip
+    if not PLOTS:
+        return "<p>The curves need matplotlib: pip install matplotlib</p>" if runs else ""
+    logged = {str(folder): rows_of(folder / "metrics.jsonl") for folder in runs}
     names = dict.fromkeys(name for rows in logged.values() for row in rows for name in row if name != "step")
     values = {name: {row[name] for rows in logged.values() for row in rows if name in row} for name in names}
     changing = [name for name in names if len(values[name]) > 1]
@@ -258,7 +260,7 @@ def all_curves(runs: Sequence[Path]) -> str:
     return f"<h2>Curves</h2><div class=row>{images}</div>{never}" if changing else never
 
 
-def pairs_of(folder: Path, budget: list[int]) -> str:
+def pairs_of(folder: Path) -> str:
     """Return the pictures of preference pairs that mia_dpo.py build drew for the pairs of a run."""
     source = config_of(folder).get("pairs")
     found = sorted((Path(source).with_suffix("") / "pictures").glob("*.png"))[:PER_OUTCOME] if source else []
@@ -271,15 +273,14 @@ def pairs_of(folder: Path, budget: list[int]) -> str:
 
 
 def write_report(folders: Sequence[Path], file: Path) -> None:
-    """Write a page about runs and evaluations; evaluations inside a single run are taken with it."""
+    """Write a page about runs and evaluations; with a single run, about its first and its last evaluation too."""
     runs = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
-    inside = sorted(folders[0].glob("eval_*")) if len(folders) == 1 else []
-    evaluations = [folder for folder in (*folders, *inside) if (folder / "scores.json").exists()]
-    budget = [LARGEST]
-    parts = [what_is_rewarded(folders), before_after(evaluations), answers(evaluations, budget), all_curves(runs)]
-    parts += [groups_of(run, budget) for run in runs[:3]] + [pairs_of(run, budget) for run in runs[:1]]
-    parts.append(what_ran(folders))
-    title = "ViRFT: " + ", ".join(folder.name for folder in folders)
+    inside = sorted(file.parent for file in folders[0].glob("eval_*/scores.json")) if len(folders) == 1 else []
+    evaluations = [folder for folder in folders if (folder / "scores.json").exists()]
+    evaluations += inside if len(inside) < 3 else [inside[0], inside[-1]]  # each has a page of its own
+    parts = [what_is_rewarded(runs or folders), before_after(evaluations), answers(evaluations), all_curves(runs)]
+    parts += [*map(groups_of, runs[:2]), *map(pairs_of, runs[:1]), what_ran(folders)]
+    title = "ViRFT: " + ", ".join(map(name_of, folders))
     head, foot = PAGE.split("BODY")
     write_whole(file, "\n".join([head.replace("TITLE", html.escape(title)), *filter(None, parts), foot]))
 

@@ -243,7 +243,8 @@ def test_files(tmp_path):
     assert scores["AP"] == pytest.approx(1.0) and scores["protocol"] == "as asked" and scores["answers"] == 3
     assert scores["categories"]["dog"]["answers"] == 2 and scores["categories"]["cat"]["parsed"] == 1.0
     assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 3
-    assert len(list((tmp_path / "out" / "thumbnails").glob("*.jpg"))) == 3 and (tmp_path / "out" / "report.html").exists()
+    assert len(list((tmp_path / "out" / "thumbnails").glob("*.jpg"))) == 3
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 def test_nothing_to_evaluate_is_an_error():

@@ -216,10 +216,11 @@ def evil_evaluation(folder: Path, port: int = 1, noise: bool = False, count: int
     return folder
 
 
-def evil_run(folder: Path, port: int = 1) -> Path:
+def evil_run(folder: Path, port: int = 1, noise: bool = False) -> Path:
     """A run of three steps with a group of each kind, whatever the model wrote."""
     folder.mkdir(parents=True)
-    Image.new("RGB", (90, 70), GROUND).save(folder / "a.png")
+    pixels = np.random.default_rng(0).integers(0, 255, (700, 900, 3), dtype=np.uint8)
+    (Image.fromarray(pixels) if noise else Image.new("RGB", (90, 70), GROUND)).save(folder / "a.png")
     text = EVIL.replace("PORT", str(port))
     example = Example("e", (folder / "a.png",), (90, 70), ((10.0, 10.0, 60.0, 60.0),), text)
     prompts = [Prompt(example, {}, (1000, 1000), (), slot) for slot in range(3)]
@@ -271,7 +272,7 @@ def test_the_page_shows_what_there_is(tmp_path):
     (after / "new.jsonl").replace(after / "predictions.jsonl")
     report.write_report([before, evil_run(tmp_path / "train"), after], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert f"From before to after: {len(records[1::3])} questions gained (✓ now, not before), 1 lost" in page
+    assert f"to {tmp_path.name}/after: {len(records[1::3])} questions gained (✓ now, not before), 1 lost" in page
     for heading in ("Held-out questions", "The same questions", "by outcome", "Curves", "Groups of step 3", "What ran"):
         assert heading in page, heading
     assert "Never changed: kl 0, seconds/train 1.5" in page and "3 of 3 steps, 4 s" in page
@@ -280,10 +281,16 @@ def test_the_page_shows_what_there_is(tmp_path):
 
 
 def test_the_page_keeps_its_size_whatever_the_pictures(tmp_path):
-    first = evil_evaluation(tmp_path / "a", noise=True, count=30)
+    """Pictures of noise, which hardly compress, and three runs of 20,000 steps with 24 metrics."""
+    first, rng = evil_evaluation(tmp_path / "a", noise=True, count=30), np.random.default_rng(0)
     shutil.copytree(first, tmp_path / "b")
-    report.write_report([first, evil_run(tmp_path / "t"), tmp_path / "b"], tmp_path / "report.html")
-    assert 3e6 < (tmp_path / "report.html").stat().st_size < 6e6
+    runs = [evil_run(tmp_path / name, noise=True) for name in ("t", "u", "v")]
+    values = rng.random((20_000, 24)).round(6).tolist()
+    for run in runs:
+        rows = ({"step": step} | {f"m{i}": v for i, v in enumerate(row)} for step, row in enumerate(values))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write_report([first, *runs, tmp_path / "b"], tmp_path / "report.html")
+    assert 3e6 < (tmp_path / "report.html").stat().st_size < 6_000_000
 
 
 def test_seeds_share_their_panels_and_a_single_run_takes_its_evaluations(tmp_path):
@@ -292,11 +299,40 @@ def test_seeds_share_their_panels_and_a_single_run_takes_its_evaluations(tmp_pat
     evil_evaluation(run / "eval_000003", count=4)
     report.main([str(run)])
     page = (run / "report.html").read_text()
-    assert "From eval_000002 to eval_000003: 0 questions gained" in page
+    assert "From run/eval_000002 to run/eval_000003: 0 questions gained" in page
     report.main([str(run), str(evil_run(tmp_path / "again")), "--out", str(tmp_path / "seeds.html")])
     assert (tmp_path / "seeds.html").read_text().count("<img class=curve") == page.count("<img class=curve") == 2
     with pytest.raises(SystemExit):
         report.main([str(tmp_path)])
+
+
+def test_runs_with_other_weights_and_a_solution_of_nothing_are_shown(tmp_path):
+    """And without matplotlib all but the curves."""
+    runs = [evil_run(tmp_path / name) for name in ("a", "b")]
+    (runs[1] / "config.json").write_text(json.dumps({"task": "coco", "rewards": ["iou=2", "mine.py:own"]}))
+    groups = json.loads((runs[1] / "groups.json").read_text())
+    groups[0] |= {"solution": [], "boxes": []}
+    groups[1] |= {"solution": 0, "boxes": []}
+    (runs[1] / "groups.json").write_text(json.dumps(groups))
+    report.write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"<td>iou</td><td>{weight}</td>" in page for weight in ("0.5", "2")) and "your own" in page
+    assert "True: No Objects." in page and "True: 0." in page
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "PLOTS", False)
+        report.write_report(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "pip install matplotlib" in page and "image/svg" not in page and "Groups of step 3" in page
+
+
+def test_of_many_evaluations_the_first_and_the_last_are_compared(tmp_path):
+    run = evil_run(tmp_path / "run")
+    for step in (1, 2, 3):
+        evil_evaluation(run / f"eval_00000{step}", count=3)
+    (run / "eval_000004").mkdir()  # not finished
+    report.write_report([run], run / "report.html")
+    page = (run / "report.html").read_text()
+    assert "From run/eval_000001 to run/eval_000003" in page and "eval_000002" not in page
 
 
 @shared("coco_mini")
