@@ -157,13 +157,14 @@ def test_every_command_is_run_or_read_by_a_test():
     by_hand = ("accelerate launch", "bash run.sh test", "python -c ", "python virft.py --help")
     for command in sorted(set(COMMANDS) - set(OURS)):
         if not command.startswith(by_hand):
-            script, part = re.fullmatch(r"(?:python|bash) (\S+) ?([a-z-]*).*", command).groups()
+            script, part = re.fullmatch(r"(?:python|bash) (-m \S+|\S+) ?([a-z-]*).*", command).groups()
             stem = Path(script).stem
-            known = (
-                rf'run_sh\(house, "{part or "demo"}"'
-                if stem == "run"
-                else rf'"{stem}\.py"|^from bench import .*\b{stem}\b'
-            )
+            if script.startswith("-m "):
+                known = rf'sys\.executable, "-m", "{re.escape(script[3:])}"'
+            elif stem == "run":
+                known = rf'run_sh\(house, "{part or "demo"}"'
+            else:
+                known = rf'"{stem}\.py"|^from bench import .*\b{stem}\b'
             assert re.search(known, tests, re.M), command
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from html.parser import HTMLParser
 from math import comb
@@ -297,7 +298,8 @@ def test_seeds_share_their_panels_and_a_single_run_takes_its_evaluations(tmp_pat
     run = evil_run(tmp_path / "run")
     evil_evaluation(run / "eval_000002", count=4)
     evil_evaluation(run / "eval_000003", count=4)
-    report.main([str(run)])
+    done = subprocess.run([sys.executable, "-m", "extras.report", run], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "report.html" in done.stdout, done.stderr
     page = (run / "report.html").read_text()
     assert "From run/eval_000002 to run/eval_000003: 0 questions gained" in page
     report.main([str(run), str(evil_run(tmp_path / "again")), "--out", str(tmp_path / "seeds.html")])
