@@ -770,7 +770,7 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Do items 5 and 6: train on the pairs, write metrics and curves, save the model."""
+    """Do items 5 and 6: train on the pairs, write metrics, save the model, write report.html."""
     cfg = parse_train(argv)
     accelerator, pairs = connect(cfg), read_pairs(Path(cfg.pairs), cfg.skip_bad_images)
     cfg.steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.prompts_per_step))

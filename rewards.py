@@ -156,12 +156,12 @@ def box_giou(a: Box, b: Box) -> float:
 
 
 def match(detections: Sequence[tuple[Box, float]], targets: Sequence[Box], iou_threshold: float) -> list[float]:
-    """Match detections to targets one to one (Visual-RFT section 3.2); return each one's IoU, 0.0 without a target.
+    """Match detections to targets one to one (Visual-RFT section 3.2); return each detection's IoU, 0.0 unmatched.
 
     In order of confidence, each detection takes the free target that it overlaps most, if by more than
     `iou_threshold`. Among equal confidences the highest IoU is matched first, then coordinates decide: neither
     the order of the answer nor the order of the solution matters.
-    detections: as parse_detections returns them; the result is in the same order.
+    detections: (box, confidence) pairs in any order; the result is in the same order.
     """
     pairs = sorted(
         (-confidence, -iou, box, tuple(target), i, j)

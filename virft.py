@@ -86,7 +86,7 @@ class Config:
     model: str = setting("Qwen/Qwen2-VL-2B-Instruct", "model folder, or NAME or NAME@REVISION on the hub")
     data: str | None = setting(None, "dataset folder, file or hub name; default: the task's released dataset")
     eval_data: str | None = setting(None, "dataset to evaluate on; default: the validation split of --data")
-    out: str = setting("runs/virft", "run folder for metrics, rollouts, pictures and the trained model")
+    out: str = setting("runs/virft", "run folder for metrics, rollouts, report.html and the trained model")
 
     categories: str | None = setting(None, "names with commas, or a published split: novel15, base65, ...", "Examples")
     shots: int | None = setting(None, "training images per category (few-shot), chosen by seed", least=1)
@@ -146,7 +146,7 @@ FLOAT32_BLOCK = 2**22  # logits that are float32 at once: 16 MiB, or a 32nd of a
 LOOK_EVERY = 16  # tokens after which the sampler checks which rows have ended; each check synchronizes with the GPU
 MAX_GRAD_NORM = 1.0  # the paper's
 ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # the paper's
-REPORT_EVERY = 50  # steps between two pages OUT/report.html, besides those at evaluations and checkpoints
+REPORT_EVERY = 50  # steps after which OUT/report.html is written anew, as it is at evaluations and checkpoints
 
 
 # ================================================================================================
@@ -750,7 +750,7 @@ def exchange_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
-    """The loop: sample, update, write; now and then draw, evaluate and save."""
+    """The loop: sample, update, write; now and then evaluate, save and report."""
     cfg, out, report, ro = run.cfg, Path(run.cfg.out), extra("report"), None
     with guarded(run) as stopping:
         for step, prompts in run.steps():
@@ -765,11 +765,11 @@ def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
             stop = stopping()
             if stop or due(step, cfg.save_every):
                 extra("checkpoints", "--save_every").save(run)
-            shown = any(due(step, n) for n in (REPORT_EVERY, cfg.eval_every, cfg.save_every)) and step < cfg.steps
-            if report and run.main and shown:
-                report.follow(run, ro, step)
             if stop:
                 break
+            told = any(due(step, every) for every in (REPORT_EVERY, cfg.eval_every, cfg.save_every))
+            if report and run.main and told and step < cfg.steps:
+                report.follow(run, ro, step)
         else:
             save_model(run)
     if report and run.main and ro:  # none if a resumed run had no step left
@@ -1127,7 +1127,7 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     if checks:
         checks.describe(run, per_prompt, what, notes)
     else:
-        missing = "no description of the run, no pictures, no look at processors and images before training"
+        missing = "no description of the run, no report.html, no look at processors and images before training"
         say(f"extras/ is missing: {missing}; Ctrl-C saves OUT/model and no checkpoint")
     if cfg.report_to:
         run.accelerator.init_trackers("virft", config={name: str(value) for name, value in asdict(cfg).items()})

@@ -1,6 +1,6 @@
-"""Report the demo before and after training: a table, pictures and summary.json.
+"""Report the demo before and after training: a table, report.html, a picture of boxes and summary.json.
 
-python demo/report.py runs/demo                  # reads before/, train/ and after/, writes summary.json and pictures
+python demo/report.py runs/demo                  # reads before/, train/ and after/, and writes them there
 python demo/report.py runs/reproduce --paper     # adds a row per model in the paper's shape
 """
 
@@ -14,9 +14,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import TASKS, detection_answer  # noqa: E402
-from extras.draw import draw_boxes, marks_of, side_by_side, titled  # noqa: E402
-from extras.outcomes import answer_of, sign_test  # noqa: E402
-from extras.report import write_report  # noqa: E402
+from extras.draw import answer_picture, evenly, side_by_side, thumbnail_of, titled  # noqa: E402
+from extras.outcomes import gains  # noqa: E402
+from extras.report import rows_of, write_report  # noqa: E402
 from rewards import box_iou, iou_reward  # noqa: E402
 
 FORMAT = {"format": "format reward, mean"}
@@ -43,7 +43,7 @@ ROWS = {  # for each metric: {name in summary.json: description}
 
 
 def read_predictions(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return rows_of(folder / "predictions.jsonl")
 
 
 def mean(values: Sequence[float]) -> float:
@@ -116,15 +116,10 @@ def skilled(predictions: Sequence[dict]) -> dict[str, dict[str, bool]]:
 def changes(before: Path, after: Path) -> dict[str, tuple[int, int, float]]:
     """Return {skill: (questions gained, questions lost, p)}.
 
-    p is that of `sign_test`.
+    See `gains`.
     """
-    result = {}
     then, now = (skilled(read_predictions(folder)) for folder in (before, after))
-    for name in then:
-        gained = sum(now[name][id] and not good for id, good in then[name].items())
-        lost = sum(good and not now[name][id] for id, good in then[name].items())
-        result[name] = (gained, lost, sign_test(gained, lost))
-    return result
+    return {name: gains(then[name], now[name]) for name in then}
 
 
 def before_after(before: Path, after: Path, path: Path, count: int = 5) -> None:
@@ -132,20 +127,11 @@ def before_after(before: Path, after: Path, path: Path, count: int = 5) -> None:
 
     Which questions: `count` of those that both evaluations pictured and that have objects, evenly spaced.
     """
-    answers = [{r["row"]: r for r in read_predictions(folder)} for folder in (before, after)]
-    pictured = (int(file.stem) for file in sorted((before / "thumbnails").glob("*.jpg")))
-    both = (row for row in pictured if (after / "thumbnails" / f"{row:06d}.jpg").exists())
-    rows = [row for row in both if answers[0][row]["solution"]]
-    rows = [rows[i * (len(rows) - 1) // (count - 1)] for i in range(count)] if len(rows) > count else rows
-    sheets = []
-    for folder, of, label in ((before, answers[0], "before"), (after, answers[1], "after GRPO")):
-        pictures = []
-        for row in rows:
-            r = of[row]
-            with Image.open(folder / "thumbnails" / f"{row:06d}.jpg") as picture:
-                metric, answer = answer_of(r)
-                drawn = draw_boxes(picture, r["size"], marks_of(metric, r["solution"], answer))
-            pictures.append(titled(drawn, f"{label}: {r['category']}", legend=True))
+    then, now = ({r["row"]: r for r in read_predictions(folder)} for folder in (before, after))
+    both = [r for row, r in then.items() if all(thumbnail_of(f, r).exists() for f in (before, after)) and r["solution"]]
+    rows, sheets = [both[i]["row"] for i in evenly(len(both), count)], []
+    for folder, of, label in ((before, then, "before"), (after, now, "after GRPO")):
+        pictures = [titled(answer_picture(folder, of[row]), f"{label}: {of[row]['category']}") for row in rows]
         sheets.append(side_by_side(pictures, gap=8))
     sheet = Image.new("RGB", (sheets[0].width, 8 + sum(s.height for s in sheets)), "white")
     sheet.paste(sheets[0], (0, 0))
@@ -202,7 +188,7 @@ def main() -> None:
         print(f"  {meaning:72s} {before[name]:6.3f}  {after[name]:6.3f}")
     summary = {"before": before, "after": after}
     if metric == "detection":
-        print("\nquestions gained and lost, and the sign test's p that this is chance")
+        print("\nquestions gained and lost; p by the sign test, if each change were a coin's toss")
         summary["changes"] = changes(folder / "before", folder / "after")
         for name, (gained, lost, p) in summary["changes"].items():
             print(f"  {ROWS[metric][name]:72s} {gained:6d}  {lost:6d}   p {p:.2f}")

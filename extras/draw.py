@@ -1,6 +1,6 @@
-"""Draw boxes on pictures, and curves: for the report, --check, --ask and the pairs of MIA-DPO.
+"""Draw boxes on pictures, and curves: for report.html, --check, --ask, the pairs of MIA-DPO and the demos.
 
-What is true has solid green lines, an answer dashed magenta ones: the two differ in print and to every eye.
+True boxes have solid green lines, answers dashed magenta ones, so they also differ in gray and to the color-blind.
 """
 
 import importlib.util
@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (
-    IMAGE_MARK, Example, Prompt, Size, Task, boxes_in, class_of, map_boxes, open_image, open_images, to_pixels,
-)  # fmt: skip
+from data import IMAGE_MARK, Example, Prompt, Size, Task, boxes_in, class_of, open_image, open_images
+from extras.outcomes import answer_of, parsed_answer
 from rewards import Box, box_iou
 
 PLOTS = importlib.util.find_spec("matplotlib") is not None
 LONG_SIDE = (448, 1024)  # bounds of a drawn picture's longer side, in pixels
 WINDOW = 20  # curves are means over this many steps
-POINTS = 400  # at most, of the lines in a panel
-TRUE, ANSWERED, BETTER, WORSE = "#00803a", "#d6006d", "#0057d9", "#c25400"
+POINTS = 400  # of the lines in a panel together
+TRUE, ANSWERED, BETTER, WORSE, EQUAL = "#00803a", "#d6006d", "#0057d9", "#c25400", "#666666"
 
 
 class Mark(NamedTuple):
@@ -54,14 +53,19 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 
 
 def thumbnail(example: Example, side: int = 512) -> Image.Image:
-    """Return the picture of an example, at most `side` pixels wide and high; several in a row, of that mean width."""
+    """Return the picture of an example, at most `side` pixels wide and high; n pictures in a row, n times as wide."""
     picture = side_by_side(open_images(example), gap=4) if len(example.images) > 1 else open_image(example.images[0])
     picture.thumbnail((side * len(example.images), side))
     return picture
 
 
-def marks_of(metric: str, solution: Any, answer: Any) -> list[Mark]:
-    """Return true boxes, and answered ones with their best IoU with a true one (or their confidence if none is known).
+def evenly(n: int, count: int) -> list[int]:
+    """Return up to `count` of the indices 0 to n - 1, evenly spaced, with the first and the last."""
+    return sorted(set(np.linspace(0, n - 1, min(count, n), dtype=int).tolist()))
+
+
+def marks_of(solution: Any, metric: str, answer: Any) -> list[Mark]:
+    """Return true boxes, and answered ones with their best IoU with a true box, or, if there is none, their confidence.
 
     metric: a task's. solution, answer: in original pixels; answer is None if it did not parse.
     """
@@ -71,16 +75,28 @@ def marks_of(metric: str, solution: Any, answer: Any) -> list[Mark]:
     marks = [Mark(tuple(box)) for box in true]
     for box, confidence in given or []:
         if box is not None:
-            fit = max((box_iou(box, other) for other in true), default=None)
-            label = f"IoU {fit:.2f}" if true else "" if confidence is None else f"{confidence:.2f}"
+            label = "" if confidence is None else f"{confidence:.2f}"
+            label = f"IoU {max(box_iou(box, other) for other in true):.2f}" if true else label
             marks.append(Mark(tuple(box), ANSWERED, label, dashed=True))
     return marks
 
 
-def draw_boxes(picture: Image.Image, size: Size | None, marks: Sequence[Mark]) -> Image.Image:
-    """Return the picture within LONG_SIDE with its boxes; size: the pixels that the boxes refer to.
+def thumbnail_of(folder: Path, r: dict) -> Path:
+    """Return where an evaluation keeps the picture of an answer, if it does; r: a row of predictions.jsonl."""
+    return folder / "thumbnails" / f"{r['row']:06d}.jpg"
 
-    Of pictures in a row, boxes belong to the first. Lines and letters grow with the picture, and labels make way.
+
+def answer_picture(folder: Path, r: dict) -> Image.Image:
+    """Return the picture that an evaluation kept of an answer, with its boxes."""
+    with Image.open(thumbnail_of(folder, r)) as picture:
+        return draw_boxes(picture, r["size"], marks_of(r["solution"], *answer_of(r)))
+
+
+def draw_boxes(picture: Image.Image, size: Size | None, marks: Sequence[Mark]) -> Image.Image:
+    """Return the picture with its boxes, scaled until LONG_SIDE holds its longer side.
+
+    size: the picture that the boxes refer to, in pixels; of pictures in a row, the first. Lines and letters grow with
+    the picture, and labels do not cover each other while there is room.
     """
     longest = max(picture.size)
     factor = min(max(longest, LONG_SIDE[0]), LONG_SIDE[1]) / longest
@@ -126,9 +142,10 @@ def outline(draw: ImageDraw.ImageDraw, corners: tuple[int, int, int, int], color
 
 
 def titled(picture: Image.Image, title: str, legend: bool = True) -> Image.Image:
-    """Return the picture below its title, of which nothing is cut off, and a legend of the lines."""
+    """Return the picture below its title, broken into lines, and a legend of the boxes."""
     letters, width = font(16), max(picture.width, 360)
-    lines = [row for line in title.splitlines() for row in textwrap.wrap(line, (width - 8) // 10) or [""]]
+    most = int((width - 8) / max((letters.getlength(c) for c in set(title) - {"\n"}), default=1))
+    lines = [row for line in title.splitlines() for row in textwrap.wrap(line, most) or [""]]
     at = 6 + 22 * len(lines)
     sheet = Image.new("RGB", (width, at + 26 * legend + picture.height), "white")
     sheet.paste(picture, (0, at + 26 * legend))
@@ -142,11 +159,9 @@ def titled(picture: Image.Image, title: str, legend: bool = True) -> Image.Image
 
 def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
     """Parse an answer of the model and draw it on the picture of its prompt."""
-    example, answer = prompt.example, task.parse(text)
-    if task.boxes:
-        answer = map_boxes(answer, lambda box: to_pixels(box, example.size, prompt.target))
+    example, answer = prompt.example, parsed_answer(task, prompt.example, prompt.target, text)
     said = "not parsed" if answer is None else "No Objects" if answer == [] else class_of(answer) or ""
-    marks = marks_of(task.metric, example.solution, answer)
+    marks = marks_of(example.solution, task.metric, answer)
     picture = draw_boxes(thumbnail(example, LONG_SIDE[1]), example.size, marks)
     path.parent.mkdir(parents=True, exist_ok=True)
     titled(picture, ": ".join(filter(None, [example.category, said])), legend=bool(marks)).save(path)
@@ -155,8 +170,8 @@ def draw_answer(task: Task, prompt: Prompt, text: str, path: Path) -> None:
 def draw_pair(pair: dict, parts: Sequence[Box] | None, path: Path, height: int = 300) -> None:
     """Save the images of a preference pair with the share of attention on each part, and the texts above.
 
-    The part that was asked about has the solid frame. parts: boxes in fractions of the single image; None means that
-    every image is a part.
+    The part that was asked about has the solid green frame, the others dashed orange ones. parts: boxes in fractions of
+    the single image; None means that every image is a part.
     """
     pictures = [open_image(Path(image)) for image in pair["image"]]
     pictures = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
@@ -165,9 +180,8 @@ def draw_pair(pair: dict, parts: Sequence[Box] | None, path: Path, height: int =
         for x1, y1, x2, y2 in parts or [(0, 0, 1, 1)]:
             frames.append((x + x1 * picture.width, y1 * height, x + x2 * picture.width, y2 * height))
         x += picture.width + 8
-    color = {True: TRUE, False: ANSWERED}
     marks = [
-        Mark(frame, color[i == pair["target"]], f"{share:.2f}", dashed=i != pair["target"])
+        Mark(frame, TRUE if i == pair["target"] else WORSE, f"{share:.2f}", dashed=i != pair["target"])
         for i, (frame, share) in enumerate(zip(frames, pair["shares"]))
     ]
     text = f"{pair['prompt'].replace(IMAGE_MARK, '').strip()}\nchosen: {pair['chosen']}\nrejected: {pair['rejected']}"
@@ -178,14 +192,14 @@ def draw_pair(pair: dict, parts: Sequence[Box] | None, path: Path, height: int =
 # ------------------------------------------------------------------------------------------------
 # Curves.
 
-UNITS = {  # of metrics, for the titles of curves; reward/NAME is named by itself
-    "loss": "near 0 by design", "reward": "weighted sum, mean", "kl": "to the reference, nats a token",
+UNITS = {  # in the titles of curves; see also draw_curve
+    "reward": "weighted sum, mean", "kl": "to the reference, nats a token",
     "reward_std": "within groups, mean", "zero_variance_groups": "share of groups that teach nothing",
     "clip_fraction": "share of tokens", "entropy": "nats a token", "sampler_gap": "nats a token",
     "cross_entropy": "nats a token", "grad_norm": "before clipping", "completion_tokens": "tokens, mean",
     "truncated": "share of answers cut off", "parsed": "share of answers", "no_objects": "share of answers",
     "empty_think": "share of answers", "tokens_per_second": "sampled", "lr": "learning rate",
-    "skipped_updates": "share of updates", "margin": "of the chosen answer, log-ratio", "accuracy": "share of pairs",
+    "skipped_updates": "share of updates", "margin": "chosen over rejected, times beta", "accuracy": "share of pairs",
 }  # fmt: skip
 
 
@@ -196,11 +210,12 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 
 
 def curves(runs: dict[str, list[dict]], names: Sequence[str], columns: int = 1) -> Any:
-    """Return a matplotlib figure with a panel per metric: raw values faint, means over them, a line per run."""
+    """Return a matplotlib figure with a panel per metric: raw values faint, running means bold, a color per run."""
     from matplotlib.figure import Figure
 
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.7 * columns, 2.3 * rows))
+    # Fixed, because matplotlib's layouts take three times as long; left, bottom, right, top, in shares of the figure.
     figure.subplots_adjust(0.15 / columns, 0.2 / rows, 1 - 0.03 / columns, 1 - 0.12 / rows, hspace=0.5)
     lines = [(label, logged, f"C{i}") for i, (label, logged) in enumerate(runs.items())]
     for axis, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names):
@@ -213,10 +228,13 @@ def draw_curve(axis: Any, lines: Sequence[tuple[str | None, list[dict], str]], n
     for i, (label, logged, color) in enumerate(lines):
         steps, values = [row["step"] for row in logged if name in row], [row[name] for row in logged if name in row]
         if steps:
-            means, style, every = smoothed(values), ("-", "--", "-.", ":")[i % 4], -(-len(steps) * len(lines) // POINTS)
-            axis.plot(steps[::every], values[::every], color=color, alpha=0.25, linewidth=0.7)
-            at = steps[-len(means) :]
-            axis.plot(at[::every], means[::every], style, color=color, linewidth=1.5, label=label)
+            means, style, most = smoothed(values), ("-", "--", "-.", ":")[i % 4], POINTS // (2 * len(lines))
+            for at, y, look in (
+                (steps, values, {"alpha": 0.25, "linewidth": 0.7}),
+                (steps[-len(means) :], means, {"linestyle": style, "linewidth": 1.5, "label": label}),
+            ):
+                drawn = evenly(len(y), max(20, most))
+                axis.plot([at[k] for k in drawn], [y[k] for k in drawn], color=color, **look)
     unit = "mean" if name.startswith("reward/") else "seconds" if name.startswith("seconds/") else UNITS.get(name)
     axis.set_title(f"{name} ({unit})" if unit else name, fontsize=8, parse_math=False)
     axis.set_xlabel(f"step (bold: mean of {WINDOW})", fontsize=7)

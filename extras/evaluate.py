@@ -21,10 +21,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import DataError, Example, Prompt, Task, append_rows, map_boxes, to_pixels, whole
-from extras.draw import thumbnail
-from extras.outcomes import outcome
-from extras.report import write_report
+from data import DataError, Example, Prompt, Task, append_rows, whole
+from extras.draw import evenly, thumbnail, thumbnail_of
+from extras.outcomes import ANSWER_KEYS, outcome, parsed_answer
+from extras.report import write_report, write_whole
 from rewards import Box, accuracy_reward, answer_shares, box_iou, published_accuracy
 
 # ------------------------------------------------------------------------------------------------
@@ -34,12 +34,10 @@ from rewards import Box, accuracy_reward, answer_shares, box_iou, published_accu
 def record(task: Task, example: Example, target: tuple[int, int], text: str, rewards: dict[str, float]) -> dict:
     """Return one answer as a row of predictions.jsonl, with boxes in original pixels.
 
-    target: the image size that the answer's coordinates refer to. The parsed answer is stored under the `key` of the
-    task's metric; it is null if the answer does not parse.
+    target: the image size that the answer's coordinates refer to. The parsed answer is stored under the key of the
+    task's metric in ANSWER_KEYS; it is null if the answer does not parse.
     """
-    answer = task.parse(text)
-    if task.boxes:
-        answer = map_boxes(answer, lambda box: to_pixels(box, example.size, target))
+    answer = parsed_answer(task, example, target, text)
     return {
         "id": example.id,
         "image_id": example.image_id,
@@ -50,7 +48,7 @@ def record(task: Task, example: Example, target: tuple[int, int], text: str, rew
         "crowds": example.crowds,
         "exhaustive": example.exhaustive,
         "completion": text,
-        METRICS[task.metric].key: answer,
+        ANSWER_KEYS[task.metric]: answer,
         "rewards": rewards,
     }
 
@@ -168,32 +166,28 @@ def by_category(records: Sequence[dict]) -> dict[str, list[dict]]:
 
 @dataclass(frozen=True)
 class Metric:
-    """Define how one kind of answer is stored and scored; a task selects a metric by its name in METRICS.
+    """Define how one kind of answer is scored; a task selects a metric by its name in METRICS.
 
-    key     name of the parsed answer in predictions.jsonl
     score   records -> (overall, by category)
     means   description of the numbers, for the protocol line
     """
 
-    key: str
     score: Callable[[Sequence[dict]], tuple[Scores, dict[str, Scores]]]
     means: str
 
 
 METRICS = {
     "detection": Metric(
-        "detections",
         detection_scores,
         "COCO's AP (pycocotools) in original pixels over the (image, category) pairs asked",
     ),
     "classification": Metric(
-        "name",
         classification_scores,
         "accuracy: the class name or a declared alias; published_accuracy: the paper's substring rule, either way "
         "round, which also pays the empty answer",
     ),
-    "grounding": Metric("box", grounding_scores, "IoU of one box in original pixels"),
-    "rewards": Metric("answer", no_scores, "means of the rewards"),
+    "grounding": Metric(grounding_scores, "IoU of one box in original pixels"),
+    "rewards": Metric(no_scores, "means of the rewards"),
 }
 
 ASKED = {  # --eval_categories
@@ -223,7 +217,7 @@ def scores(records: Sequence[dict], task: Task) -> tuple[Scores, dict[str, Score
     metric, each = METRICS[task.metric].score(records)
     groups = by_category(records)
     for name, values in each.items():
-        answers = [r[METRICS[task.metric].key] for r in groups[name]]
+        answers = [r[ANSWER_KEYS[task.metric]] for r in groups[name]]
         values |= {"parsed": sum(answer is not None for answer in answers) / len(answers), "answers": len(answers)}
     return overall | metric, each
 
@@ -315,28 +309,25 @@ def write_evaluation(
     overall: Scores,
     each: dict[str, Scores],
     examples: Sequence[Example],
-    evenly: int = 24,
+    spaced: int = 24,
     of_each: int = 6,
 ) -> None:
-    """Write predictions.jsonl, detections.json (COCO's results), scores.json, thumbnails/ROW.jpg and report.html.
+    """Write predictions.jsonl, detections.json (COCO's results; detection only), thumbnails, scores.json, report.html.
 
-    evenly, of_each: how many answers are pictured, spaced evenly, and of each outcome.
+    spaced, of_each: how many answers have a thumbnail: evenly spaced ones, and the first of each outcome.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_predictions(out, records)
     if task.metric == "detection":
         (out / "detections.json").write_text(json.dumps(coco_results(records)) + "\n")
-    pictured = set(np.linspace(0, len(records) - 1, min(evenly, len(records)), dtype=int).tolist())
-    kinds = [outcome(r) for r in records]
+    kinds, pictured = [outcome(r) for r in records], set(evenly(len(records), spaced))
     for kind in set(kinds):
         pictured |= set([i for i, other in enumerate(kinds) if other == kind][:of_each])
-    (out / "thumbnails").mkdir(exist_ok=True)
-    for row in (records[i]["row"] for i in sorted(pictured)):
-        thumbnail(examples[row]).save(out / "thumbnails" / f"{row:06d}.jpg", quality=92, subsampling=0)
+    for r in (records[i] for i in sorted(pictured)):
+        thumbnail_of(out, r).parent.mkdir(exist_ok=True)
+        thumbnail(examples[r["row"]]).save(thumbnail_of(out, r), quality=92, subsampling=0)
     summary = {"protocol": protocol, "answers": len(records), **overall, "categories": each}
-    aside = out / "scores.json.unfinished"  # written last and renamed: scores.json marks a finished evaluation
-    aside.write_text(json.dumps(summary, indent=2) + "\n")
-    aside.replace(out / "scores.json")
+    write_whole(out / "scores.json", json.dumps(summary, indent=2) + "\n")  # last: it marks a finished evaluation
     write_report([out], out / "report.html")
 
 

@@ -1,27 +1,33 @@
 """Tell how an answer went wrong, and whether one evaluation is better than another by more than chance."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
+from data import Example, Size, Task, map_boxes, to_pixels
 from rewards import accuracy_reward, box_iou, match
 
-# Where a row of predictions.jsonl has the parsed answer, and the metric of its task.
-ANSWER_KEYS = {"detections": "detection", "box": "grounding", "name": "classification", "answer": "rewards"}
+# {metric of a task: the key of the parsed answer in predictions.jsonl}
+ANSWER_KEYS = {"detection": "detections", "classification": "name", "grounding": "box", "rewards": "answer"}
 
 OUTCOMES = {  # marks differ, so that no color is needed
-    "found": "✓ everything found, nothing invented",
+    "found": "✓ all found, nothing invented",
     "right": "✓ right",
-    "missed": "○ an object missed (IoU with each is 0.5 or less)",
-    "invented": "+ all found, and a box invented",
+    "missed": "○ an object missed: no box of its own with an IoU above 0.5",
+    "invented": "+ all found, and boxes besides",
     "wrong": "✗ wrong",
-    "not parsed": "? not parsed: another form than asked for, or an empty box",
+    "not parsed": "? not parsed: not in the form asked for, or an empty box",
 }
 
 
+def parsed_answer(task: Task, example: Example, target: Size, text: str) -> Any:
+    """Parse an answer, with boxes in original pixels; target: the image size that the text's coordinates refer to."""
+    answer = task.parse(text)
+    return map_boxes(answer, lambda box: to_pixels(box, example.size, target)) if task.boxes else answer
+
+
 def answer_of(r: dict) -> tuple[str, Any]:
-    """Return the metric and the parsed answer of a row of predictions.jsonl; None if it did not parse."""
-    return next((metric, r[key]) for key, metric in ANSWER_KEYS.items() if key in r)
+    """Return the metric of a row of predictions.jsonl, and its parsed answer: None if it did not parse."""
+    return next((metric, r[key]) for metric, key in ANSWER_KEYS.items() if key in r)
 
 
 def outcome(r: dict) -> str:
@@ -33,13 +39,14 @@ def outcome(r: dict) -> str:
         matched = match([(tuple(box), confidence) for box, confidence in answer], r["solution"], 0.5)
         if sum(iou > 0 for iou in matched) < len(r["solution"]):
             return "missed"
+        # As in scoring, a box that matches nothing is no error where the solution does not hold every instance.
         return "found" if all(matched) or not r["exhaustive"] or r["crowds"] else "invented"
     if metric == "grounding":
         return "found" if box_iou(answer, r["solution"]) > 0.5 else "missed"
+    if metric == "classification":
+        return "right" if accuracy_reward(r["completion"], r["solution"]) else "wrong"
     earned = [value for name, value in r["rewards"].items() if name != "format"]
-    by_name = metric == "classification"
-    good = accuracy_reward(r["completion"], r["solution"]) if by_name else max(earned, default=0) > 0.5
-    return "right" if good else "wrong"
+    return "right" if min(earned, default=0) > 0.5 else "wrong"  # by all: non_repeat alone is nearly always 1
 
 
 def sign_test(gained: int, lost: int) -> float:
@@ -48,10 +55,9 @@ def sign_test(gained: int, lost: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
-def compared(before: Sequence[dict], after: Sequence[dict]) -> tuple[int, int, float]:
-    """Return how many questions were gained and lost (found or right, by id), and the sign test's p."""
-    good = [{r["id"]: outcome(r) in ("found", "right") for r in records} for records in (before, after)]
-    both = good[0].keys() & good[1].keys()
-    gained = sum(good[1][id] and not good[0][id] for id in both)
-    lost = sum(good[0][id] and not good[1][id] for id in both)
+def gains(before: dict[str, bool], after: dict[str, bool]) -> tuple[int, int, float]:
+    """Return how many questions were gained and lost, and the sign test's p; {id of a question: good or not}."""
+    both = before.keys() & after.keys()
+    gained = sum(after[id] and not before[id] for id in both)
+    lost = sum(before[id] and not after[id] for id in both)
     return gained, lost, sign_test(gained, lost)

@@ -1,11 +1,12 @@
 """Write report.html: one page about runs and evaluations that opens from disk, without scripts, and loads nothing.
 
-    python -m extras.report runs/virft                              # a run, with the evaluations in it
-    python -m extras.report runs/demo/{before,train,after}          # evaluations are compared in this order
-    python -m extras.report runs/seed0 runs/seed1 --out seeds.html  # curves of several runs in the same panels
+    python -m extras.report runs/virft                                          # with its first and last evaluation
+    python -m extras.report runs/demo/{before,train,after} --out demo.html      # the last evaluation against the first
+    python -m extras.report runs/seed0 runs/seed1 --out seeds.html              # curves of runs in the same panels
 
-A run's page is written anew every REPORT_EVERY steps and at its evaluations and checkpoints; an evaluation writes its
-own. Everything that a model or a data set wrote is escaped.
+virft.py writes OUT/report.html every REPORT_EVERY steps, at evaluations and checkpoints and at the end, mia_dpo.py
+train at the end, and an evaluation in its own folder. What a model or a dataset wrote is escaped. A page has at most
+6 MB: groups of two runs, and answers as far as ANSWERS goes.
 """
 
 import argparse
@@ -19,39 +20,43 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from data import TASKS, boxes_in, map_boxes, to_pixels
-from extras.draw import BETTER, PLOTS, WORSE, Mark, curves, draw_boxes, marks_of, thumbnail
-from extras.outcomes import OUTCOMES, answer_of, compared, outcome
+from data import TASKS, boxes_in
+from extras.draw import (
+    BETTER, EQUAL, PLOTS, WORSE, Mark, answer_picture, curves, draw_boxes, evenly, thumbnail, thumbnail_of,
+)  # fmt: skip
+from extras.outcomes import OUTCOMES, gains, outcome, parsed_answer
 from rewards import REWARDS, reward_weights
 
-ANSWERS = 1_800_000  # characters of the pictures of answers; the other parts of a page are bounded by number
-PER_OUTCOME = 6  # pictured answers
+ANSWERS = 1_800_000  # about as many characters (base64) for pictures of answers, of the 6 MB of a page
+PER_OUTCOME = 6  # answers shown of each outcome; also pairs of MIA-DPO
+SIDE_BY_SIDE = 8  # questions shown before and after
 
 # ------------------------------------------------------------------------------------------------
 # What a run keeps for its page.
 
 
 def follow(run: Any, ro: Any, step: int) -> None:
-    """Keep the best, the worst and the widest group of a step in OUT/groups.json, and write OUT/report.html anew."""
+    """Keep three groups of this process's step in OUT/groups.json, and write OUT/report.html anew.
+
+    The groups: of the largest variance, the highest and the lowest mean of rewards; fewer if they are the same.
+    """
     out, task, means = Path(run.cfg.out), run.prompts.task, ro.rewards.mean(1)
-    chosen = {"best": means.argmax(), "worst": means.argmin(), "widest": ro.rewards.var(1, correction=0).argmax()}
-    groups = []
-    for kind, i in chosen.items():
+    spread, chosen, groups = ro.rewards.var(1, correction=0), {}, []
+    for kind, i in (("widest", spread.argmax()), ("best", means.argmax()), ("worst", means.argmin())):
+        chosen.setdefault(int(i), kind)
+    for i, kind in chosen.items():
         prompt, G = ro.prompts[i], ro.rewards.shape[1]
         example, completions = prompt.example, []
         for k, text in enumerate(ro.texts[i * G : (i + 1) * G]):
-            answer = task.parse(text)
-            if task.boxes:
-                answer = map_boxes(answer, lambda box: to_pixels(box, example.size, prompt.target))
+            answer = parsed_answer(task, example, prompt.target, text)
             completions.append({
                 "text": text, "boxes": boxes_in(answer) if task.boxes else [], "reward": ro.rewards[i, k].item(),
                 "advantage": ro.advantages[i * G + k].item(),
                 "rewards": {name: part[i, k].item() for name, part in ro.parts.items()},
             })  # fmt: skip
-        asked = {"id": example.id, "category": example.category, "question": example.question, "size": example.size}
+        asked = {"category": example.category, "question": example.question, "size": example.size}
         true = {"solution": example.solution, "boxes": boxes_in(example.solution) if task.boxes else []}
         picture = embedded(thumbnail(example))
         groups.append({"kind": kind, "step": step, **asked, **true, "picture": picture, "completions": completions})
@@ -60,7 +65,7 @@ def follow(run: Any, ro: Any, step: int) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file beside its place, then rename it."""
+    """Write a file beside its place, then rename it, so that no reader finds a part of it."""
     aside = file.with_name(f"{file.name}.unfinished")
     aside.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair, as a model may write
     aside.replace(file)
@@ -72,21 +77,21 @@ def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+# ------------------------------------------------------------------------------------------------
+# Pieces of HTML.
+
+
+def esc(value: Any, most: int = 1500) -> str:
+    """Escape a text (or any value, as JSON) for HTML; of a longer one only the first `most` characters are shown."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return html.escape(text if len(text) <= most else f"{text[:most]} … ({len(text)} characters)")
+
+
 def as_svg(figure: Any) -> str:
     """Return a figure as the address of an image in the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# ------------------------------------------------------------------------------------------------
-# The page, part by part. Each function returns HTML, or nothing where there is nothing to show.
-
-
-def esc(value: Any, most: int = 1500) -> str:
-    """Escape a text of anybody's for HTML, and cut it off at `most` characters."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return html.escape(text if len(text) <= most else f"{text[:most]} … ({len(text)} characters)")
 
 
 def embedded(picture: Image.Image) -> str:
@@ -111,7 +116,22 @@ def bar(value: float, most: float = 1.0) -> str:
     return f'<span class=bar><i style="width:{share:.0f}%"></i></span> {value:.3g}'
 
 
+def name_of(folder: Path) -> str:
+    """Return the last two parts of a path, such as demo/before."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def config_of(folder: Path) -> dict:
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+# ------------------------------------------------------------------------------------------------
+# The page, part by part. Each function returns HTML, empty where there is nothing to show.
+
+
 def what_ran(folders: Sequence[Path]) -> str:
+    """Return each folder's steps and seconds, and what its start printed."""
     rows = []
     for folder in folders:
         settings, logged = config_of(folder), rows_of(folder / "metrics.jsonl")
@@ -126,7 +146,7 @@ def what_ran(folders: Sequence[Path]) -> str:
 
 
 def what_is_rewarded(folders: Sequence[Path]) -> str:
-    """Return the rewards of runs, or of evaluations, with the first line of each one's docstring."""
+    """Return rewards, weights and what each returns: the first line of a built-in reward's docstring."""
     rows = {}
     for config in map(config_of, folders):
         own = TASKS[config["task"]].rewards if config.get("task") in TASKS else {}
@@ -137,18 +157,8 @@ def what_is_rewarded(folders: Sequence[Path]) -> str:
     return f"<h2>What is rewarded</h2>{REWARDED}{table(head, rows.values())}" if rows else ""
 
 
-def name_of(folder: Path) -> str:
-    """Return the last two parts of a path, such as demo/before."""
-    return "/".join(folder.resolve().parts[-2:])
-
-
-def config_of(folder: Path) -> dict:
-    file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def before_after(evaluations: Sequence[Path]) -> str:
-    """Return scores of all evaluations, outcomes, what the last gained and lost on the first, AP by category."""
+def scores_of(evaluations: Sequence[Path]) -> str:
+    """Return outcomes and scores, what the last evaluation gained and lost against the first, and categories."""
     if not evaluations:
         return ""
     scores = [json.loads((folder / "scores.json").read_text(encoding="utf-8")) for folder in evaluations]
@@ -160,62 +170,53 @@ def before_after(evaluations: Sequence[Path]) -> str:
         rows.append([OUTCOMES[kind], *(f"{bar(c[kind] / c.total())} ({c[kind]})" for c in counts)])
     for name in (name for name, value in scores[-1].items() if isinstance(value, float)):
         most = max(1.0, *(s.get(name, 0.0) for s in scores))
-        rows.append([esc(name), *(bar(s[name], most) if name in s else "" for s in scores)])
+        told = f"{esc(name)} <small>{MEANS.get(name, 'reward, mean')}</small>"
+        rows.append([told, *(bar(s[name], most) if name in s else "" for s in scores)])
     text = f"<h2>Held-out questions</h2>{table(head, rows)}<p>{esc(scores[-1]['protocol'])}</p>"
     if len(records) > 1:
-        gained, lost, p = compared(records[0], records[-1])
+        gained, lost, p = gains(*({r["id"]: outcome(r) in GOOD for r in each} for each in (records[0], records[-1])))
         chance = f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
         changed = f"From {head[1]} to {head[-1]}: {gained} questions gained (✓ now, not before), {lost} lost"
-        text += f"<p><b>{changed}</b>; sign test: {chance} that this is chance.</p>"
+        text += f"<p><b>{changed}</b>; {chance} if each change were a coin's toss (sign test).</p>"
     each = [s.get("categories", {}) for s in scores]
-    main = next((name for name in ("AP", "accuracy") if each[-1] and name in next(iter(each[-1].values()))), None)
-    if main:
-        by = [[esc(name), *(bar(e[name][main]) if name in e else "" for e in each)] for name in sorted(each[-1])[:100]]
-        text += f"<details open><summary>{main} by category</summary>{table(head, by)}</details>"
+    score = next((name for name in ("AP", "accuracy") if each[-1] and name in next(iter(each[-1].values()))), None)
+    if score:
+        by = [[esc(name), *(bar(e[name][score]) if name in e else "" for e in each)] for name in sorted(each[-1])[:100]]
+        more = f" (100 of {len(each[-1])})" if len(each[-1]) > 100 else ""
+        text += f"<details open><summary>{score} by category{more}</summary>{table(head, by)}</details>"
     return text
 
 
-def pictured(folder: Path, records: Sequence[dict], most: int) -> dict[int, str]:
-    """Return {row: a card} for answers of an evaluation that have a thumbnail, of about `most` characters in all."""
-    cards = {}
-    for r in records:
-        file = folder / "thumbnails" / f"{r['row']:06d}.jpg"
-        if file.exists() and most > 0:
-            metric, answer = answer_of(r)
-            with Image.open(file) as picture:
-                image = embedded(draw_boxes(picture, r["size"], marks_of(metric, r["solution"], answer)))
-            most -= len(image)
-            earned = ", ".join(f"{esc(name)} {value:.2f}" for name, value in r["rewards"].items())
-            true = "" if r["size"] else f"<br>true: {esc(r['solution'], 200)}"
-            cards[r["row"]] = (
-                f'<figure><img src="{image}" alt=""><figcaption><b>{esc(r["category"], 200)}</b> · '
-                f"{OUTCOMES[outcome(r)].partition(' (')[0]}<br>{earned}{true}"
-                f"<pre>{esc(r['completion'], 600)}</pre></figcaption></figure>"
-            )
-    return cards
-
-
 def answers(evaluations: Sequence[Path]) -> str:
-    """Return the same questions in the first and the last evaluation, then answers of the last by outcome."""
+    """Return answers with their pictures: the same questions in the first and last evaluation, the last by outcome."""
     if not evaluations:
         return ""
-    records = {folder: rows_of(folder / "predictions.jsonl") for folder in evaluations}
-    first, last = evaluations[0], evaluations[-1]
-    text, cards = "", pictured(last, records[last], ANSWERS * 2 // 3)
-    if first != last:
-        both = [r for r in records[first] if r["row"] in cards]
-        chosen = [both[i] for i in sorted(set(np.linspace(0, len(both) - 1, min(8, len(both)), dtype=int).tolist()))]
-        then = pictured(first, chosen, ANSWERS // 3)
-        pairs = "".join(f"<div class=pair>{then[row]}{cards[row]}</div>" for row in then)
-        text += f"<h2>The same questions: {esc(name_of(first))} (left), {esc(name_of(last))} (right)</h2>"
-        text += f"{LEGEND}<div class=row>{pairs}</div>"
-    kinds: dict[str, list[str]] = {}
-    for r in records[last]:
-        if r["row"] in cards:
-            kinds.setdefault(outcome(r), []).append(cards[r["row"]])
-    text += f"<h2>Answers of {esc(name_of(last))} by outcome</h2>{LEGEND}"
-    for kind in (kind for kind in OUTCOMES if kind in kinds):
-        text += f"<h3>{OUTCOMES[kind]}</h3><div class=row>{''.join(kinds[kind][:PER_OUTCOME])}</div>"
+    first, last, left = evaluations[0], evaluations[-1], ANSWERS
+    shown = {folder: [r for r in rows_of(folder / "predictions.jsonl") if thumbnail_of(folder, r).exists()]
+             for folder in (first, last)}  # fmt: skip
+
+    def card(folder: Path, r: dict) -> str:
+        nonlocal left
+        image = embedded(answer_picture(folder, r)) if left > 0 else ""
+        left -= len(image)
+        image = f'<img src="{image}" alt="">' if image else "<i>picture left out: the page would grow too large</i>"
+        earned = ", ".join(f"{esc(name)} {value:.2f}" for name, value in r["rewards"].items())
+        true = "No Objects" if r["solution"] == [] else "" if r["size"] else esc(r["solution"], 200)
+        head = f"<b>{esc(r['category'], 200)}</b> · {OUTCOMES[outcome(r)].partition(':')[0]}"
+        told = f"{head}<br>{earned}{'<br>true: ' * bool(true)}{true}<pre>{esc(r['completion'], 600)}</pre>"
+        return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
+
+    text, now = "", {r["id"]: r for r in shown[last]}
+    both = [r for r in shown[first] if r["id"] in now] if first != last else []
+    if both:
+        chosen = [both[i] for i in evenly(len(both), SIDE_BY_SIDE)]
+        pairs = "".join(f"<div class=pair>{card(first, r)}{card(last, now[r['id']])}</div>" for r in chosen)
+        text = f"<h2>The same questions: {esc(name_of(first))} (left), {esc(name_of(last))} (right)</h2>{LEGEND}"
+        text += f"<p>Evenly spaced among those whose pictures were kept.</p><div class=row>{pairs}</div>"
+    text += f"<h2>Answers of {esc(name_of(last))} by outcome</h2>{LEGEND}" if shown[last] else ""
+    for kind, told in OUTCOMES.items():
+        if some := [r for r in shown[last] if outcome(r) == kind][:PER_OUTCOME]:
+            text += f"<h3>{told}</h3><div class=row>{''.join(card(last, r) for r in some)}</div>"
     return text
 
 
@@ -226,8 +227,8 @@ def groups_of(folder: Path) -> str:
         best_first = sorted(enumerate(group["completions"], 1), key=lambda pair: -pair[1]["advantage"])
         marks = [Mark(tuple(box)) for box in group["boxes"]]
         for number, c in reversed(best_first):
-            color = BETTER if c["advantage"] > 0 else WORSE
-            marks += [Mark(tuple(box), color, f"{number}", dashed=c["advantage"] <= 0) for box in c["boxes"]]
+            color = BETTER if c["advantage"] > 0 else WORSE if c["advantage"] < 0 else EQUAL
+            marks += [Mark(tuple(box), color, f"{number}", dashed=c["advantage"] < 0) for box in c["boxes"]]
         image = embedded(draw_boxes(opened(group["picture"]), group["size"], marks))
         parts = list(group["completions"][0]["rewards"])
         most = {name: max(1.0, *(c["rewards"][name] for c in group["completions"])) for name in parts}
@@ -277,24 +278,36 @@ def write_report(folders: Sequence[Path], file: Path) -> None:
     runs = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
     inside = sorted(file.parent for file in folders[0].glob("eval_*/scores.json")) if len(folders) == 1 else []
     evaluations = [folder for folder in folders if (folder / "scores.json").exists()]
-    evaluations += inside if len(inside) < 3 else [inside[0], inside[-1]]  # each has a page of its own
-    parts = [what_is_rewarded(runs or folders), before_after(evaluations), answers(evaluations), all_curves(runs)]
+    evaluations += inside if len(inside) < 3 else [inside[0], inside[-1]]  # those between have their own pages
+    parts = [what_is_rewarded(runs or folders), scores_of(evaluations), answers(evaluations), all_curves(runs)]
     parts += [*map(groups_of, runs[:2]), *map(pairs_of, runs[:1]), what_ran(folders)]
     title = "ViRFT: " + ", ".join(map(name_of, folders))
     head, foot = PAGE.split("BODY")
     write_whole(file, "\n".join([head.replace("TITLE", html.escape(title)), *filter(None, parts), foot]))
 
 
-KINDS = {"best": "Highest rewards", "worst": "Lowest rewards", "widest": "Most different rewards, which teach most"}
+MEANS = {  # of scores; any other is the mean of a reward
+    "parsed": "share of answers in the form asked for", "no_objects": "share of answers that say No Objects",
+    "empty_think": "share of thoughts without a word", "AP": "average precision over IoUs of 0.5 to 0.95, 1 is perfect",
+    "AP50": "a box counts from IoU 0.5", "AP75": "a box counts from IoU 0.75", "accuracy": "share of right answers",
+    "published_accuracy": "by the paper's rule", "mean_iou": "", "cumulative_iou": "all intersections / all unions",
+    "iou_above_0.5": "share of answers",
+}  # fmt: skip
+GOOD = ("found", "right")
+KINDS = {"widest": "Most different rewards", "best": "Highest rewards", "worst": "Lowest rewards"}
 REWARDED = (
-    "<p>Rules, not people, score every answer. Training samples several answers to a question, compares their scores, "
+    "<p>Rules, not people, score every answer. GRPO samples several answers to a question, compares their scores, "
     "and makes the better ones likelier.</p>"
 )
-LEGEND = "<p class=legend><b class=t>solid green: true</b> <b class=a>dashed magenta: the answer, with its IoU</b></p>"
+LEGEND = (
+    "<p class=legend><b class=t>solid green: true box</b> <b class=a>dashed magenta: answered box</b> with its best "
+    "IoU (intersection / union, 1 if equal) or, where nothing is true, its confidence. Texts have boxes in the model's "
+    "coordinates, often 0 to 1000.</p>"
+)
 GROUPS = (
-    "<p class=legend>All answers to one question, best first. Only differences within the group count. "
-    "<b class=t>green: true</b> <b class=g>solid blue: better than the group's mean, made likelier</b> "
-    "<b class=w>dashed orange: not better, made less likely</b></p>"
+    "<p class=legend>All answers to one question, the largest advantage first; a box has the # of its answer. An "
+    "advantage tells how far a reward is above those of the group. <b class=t>green: true</b> <b class=g>solid blue: "
+    "positive, made likelier</b> <b class=w>dashed orange: negative, made less likely</b> gray: 0.</p>"
 )
 PAIRS = "<p>Green: the part that was asked about. Numbers: shares of the attention on the pictures.</p>"
 PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
@@ -313,8 +326,7 @@ figure{margin:0;flex:0 1 300px;font-size:13px}.pair{border:1px solid #ddd;paddin
 .bar i{display:block;height:100%;background:#0057d9}
 .t{color:#00803a}.a{color:#d6006d}.g{color:#0057d9}.w{color:#c25400}.legend b{margin-right:14px}
 </style><h1>TITLE</h1>
-<p>A model answers questions about pictures. This page shows what it is rewarded for, what it learned, and where it is
-wrong.</p>
+<p>A model answers questions about pictures: scores, answers and curves of the folders named above.</p>
 BODY</html>
 """
 

@@ -171,6 +171,8 @@ def test_arms_of_the_comparison_are_good_settings(tmp_path):
     shared = f"{compare.COMMON} {compare.TRAINING} --steps 3 --out {tmp_path / 'run'}"
     parsed = {name: virft.parse_config(f"{shared} {flags}".split()) for name, flags in compare.ARMS.items() if flags}
     assert len({repr(cfg) for cfg in parsed.values()}) == len(compare.ARMS) - 1, "no two arms are the same"
+    sft = parsed.pop("sft")
+    assert (sft.sft, sft.steps, sft.lr) == (True, 3, 1e-3)
     assert all((cfg.steps, cfg.group_size, cfg.lr) == (3, 8, 2.5e-4) for cfg in parsed.values())
     assert compare.cell([0.5]) == "0.500" and compare.cell([0.1, 0.3, 0.2]) == "0.200 (0.100-0.300)"
 

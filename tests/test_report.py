@@ -85,18 +85,21 @@ def test_labels_do_not_cover_each_other():
 def test_marks_say_how_well_a_box_fits():
     """IoU with the best true box; the confidence where no truth is known; nothing for names and numbers."""
     true = [(0, 0, 10, 10), (20, 0, 30, 10)]
-    marks = draw.marks_of("detection", true, [((20, 0, 30, 5), 0.9), ((50, 50, 60, 60), 0.1)])
+    marks = draw.marks_of(true, "detection", [((20, 0, 30, 5), 0.9), ((50, 50, 60, 60), 0.1)])
     assert [(m.label, m.dashed) for m in marks] == [("", False), ("", False), ("IoU 0.50", True), ("IoU 0.00", True)]
-    assert draw.marks_of("detection", (), [((0, 0, 1, 1), 0.25)])[0].label == "0.25"
-    assert [m.label for m in draw.marks_of("grounding", (0, 0, 10, 10), (0, 0, 10, 10))] == ["", "IoU 1.00"]
-    assert draw.marks_of("detection", true, None) == marks[:2] and draw.marks_of("grounding", (), None) == []
-    assert draw.marks_of("rewards", [10, 10, 60, 60], "7") == [] == draw.marks_of("classification", "lily", "lily")
+    assert draw.marks_of((), "detection", [((0, 0, 1, 1), 0.25)])[0].label == "0.25"
+    assert [m.label for m in draw.marks_of((0, 0, 10, 10), "grounding", (0, 0, 10, 10))] == ["", "IoU 1.00"]
+    assert draw.marks_of((), "grounding", (0, 0, 10, 10))[0].label == ""
+    assert draw.marks_of(true, "detection", None) == marks[:2] and draw.marks_of((), "grounding", None) == []
+    assert draw.marks_of([10, 10, 60, 60], "rewards", "7") == [] == draw.marks_of("lily", "classification", "lily")
 
 
-@pytest.mark.parametrize("title", ["собака: 3 животных", "σκύλος", "x" * 300, "a\nb", ""])
+@pytest.mark.parametrize("title", ["собака: 3 животных", "σκύλος", "x" * 300, "W" * 90, "a\nb", ""])
 def test_titles_are_whole(title):
-    """No letter is the font's empty box, and long ones are broken into lines."""
-    picture = draw.titled(Image.new("RGB", (100, 50)), title)
+    """No letter is the font's empty box, and long ones are broken into lines, of which the margin stays white."""
+    picture = draw.titled(Image.new("RGB", (100, 50)), title, legend=False)
+    margin = np.asarray(picture)[:-50, -3:]
+    assert (margin == 255).all()
     font = draw.font(16)
     missing = font.getmask("\U0010ffff").getbbox(), bytes(font.getmask("\U0010ffff"))
     assert all((font.getmask(c).getbbox(), bytes(font.getmask(c))) != missing for c in set(title) - {"\n"})
@@ -139,6 +142,8 @@ def test_curves_draw_every_run_and_leave_out_what_was_not_logged():
     figure = draw.curves({"a": rows, "b": rows[:40] + [{"step": 41}], "c": []}, ["reward", "none"], columns=2)
     lines = [[list(line.get_xdata()) for line in axis.lines] for axis in figure.axes]
     assert [len(x) for x in lines[0]] == [50, 31, 40, 21] and lines[1] == []
+    long = draw.curves({"a": [{"step": s, "reward": s} for s in range(1, 10_001)]}, ["reward"]).axes[0].lines
+    assert all(len(line.get_xdata()) <= draw.POINTS and line.get_xdata()[-1] == 10_000 for line in long)
     assert lines[0][1][0] == 20 and "weighted sum" in figure.axes[0].get_title()
 
 
@@ -167,14 +172,35 @@ FOUND = "<answer>[{'Position': [11, 14, 67, 86], 'Confidence': 1}]</answer>"
         ("rows", "3", "3", "right"),
         ("rows", "3", "4", "wrong"),
         ("rows", "3", "", "wrong"),
+        ("rows", "3", None, "not parsed"),
     ],
 )  # fmt: skip
 def test_outcomes(task, solution, answer, expected):
-    task, text = TASKS[task], f"<think></think><answer>{answer}</answer>"
+    task, text = TASKS[task], "3" if answer is None else f"<think></think><answer>{answer}</answer>"
     e = Example("e", (Path("x"),), (1000, 1000) if task.boxes else None, solution, "asked")
     rewards = {name: REWARDS[name](text, solution) for name in task.rewards}
     row = json.loads(json.dumps(evaluate.record(task, e, (1000, 1000), text, rewards)))
     assert outcomes.outcome(row) == expected
+
+
+@pytest.mark.parametrize("rewards, expected", [
+    ({"accuracy": 0.0, "non_repeat": 1.0, "format": 1.0}, "wrong"), ({"closeness": 0.9, "format": 0.0}, "right"),
+    ({"format": 1.0}, "wrong"),
+])  # fmt: skip
+def test_one_reward_that_is_nearly_always_earned_makes_no_answer_right(rewards, expected):
+    assert outcomes.outcome({"answer": "3", "rewards": rewards}) == expected
+
+
+def test_boxes_besides_are_no_error_where_not_all_objects_are_annotated():
+    row = {"detections": [[[0, 0, 10, 10], 1.0], [[50, 50, 60, 60], 1.0]], "solution": [[0, 0, 10, 10]], "crowds": []}
+    assert outcomes.outcome(row | {"exhaustive": True}) == "invented"
+    assert outcomes.outcome(row | {"exhaustive": False}) == "found"
+    assert outcomes.outcome(row | {"exhaustive": True, "crowds": [[40, 40, 90, 90]]}) == "found"
+
+
+def test_gains_are_counted_by_question():
+    before, after = {"a": True, "b": False, "c": True, "d": False}, {"a": False, "b": True, "c": True, "e": True}
+    assert outcomes.gains(before, after) == (1, 1, 1.0)
 
 
 def test_the_sign_test_against_every_sequence_of_tosses():
@@ -278,6 +304,7 @@ def test_the_page_shows_what_there_is(tmp_path):
         assert heading in page, heading
     assert "Never changed: kl 0, seconds/train 1.5" in page and "3 of 3 steps, 4 s" in page
     assert page.count("<div class=pair>") == 8 and "Most different rewards" in page and "-0.70" in page
+    assert "Highest rewards" in page and "Lowest rewards" in page
     assert all(words in page for words in (outcomes.OUTCOMES["missed"], outcomes.OUTCOMES["found"]))
 
 

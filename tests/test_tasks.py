@@ -578,8 +578,8 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def pictures_often(monkeypatch):
-    monkeypatch.setattr(virft, "PICTURE_EVERY", 2)
+def a_report_at_every_step(monkeypatch):
+    monkeypatch.setattr(virft, "REPORT_EVERY", 1)
 
 
 def run_main(command: str, model: Path, out: Path) -> list[dict]:
@@ -752,7 +752,10 @@ def test_every_task_trains_and_evaluates(task, dataset, llava_dir, tmp_path, sig
     )
     expected = {"detection": "AP", "classification": "published_accuracy", "grounding": "mean_iou"}[TASKS[task].metric]
     assert expected in scores and scores["protocol"].startswith("greedy answers")
-    assert list((out / "pictures").glob("*.png")) and list((out / "eval_000002" / "pictures").glob("*.png"))
+    assert len(list((out / "eval_000002" / "thumbnails").glob("*.jpg"))) == scores["answers"]
+    page, groups = (out / "report.html").read_text(), json.loads((out / "groups.json").read_text())
+    assert "Groups of step 2" in page and "Answers of run/eval_000002 by outcome" in page and "picture left out" not in page
+    assert 1 <= len(groups) <= 2 and all(len(group["completions"]) == 2 for group in groups)
     assert (out / "eval_000002" / "detections.json").exists() == (TASKS[task].metric == "detection")
 
 
