@@ -4,8 +4,8 @@
 
 A breakage is one edited line in a copy of virft.py, or one flag, as listed in docs/lesson.md. Every copy is trained
 like the demo. OUT/breakages.png compares the IoU reward of each with the unbroken run, OUT/curves.png shows the
-unbroken runs, and OUT/breakages/NAME/SEED holds the complete runs. Finished runs are kept as long as the code and the flags stay
-the same, so an interrupted command can be repeated.
+unbroken runs, and OUT/breakages/NAME/SEED holds the complete runs. Finished runs are kept as long as the code and the
+flags stay the same, so an interrupted command can be repeated.
 """
 
 import argparse

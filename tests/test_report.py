@@ -59,6 +59,9 @@ def test_boxes_are_drawn_where_they_are_at_every_size(size):
     solid, gaps = (column == GREEN).all(1).sum() / drawn.height, (dashed == MAGENTA).all(1).sum() / drawn.height
     assert solid == pytest.approx(0.8, abs=0.02) and 0.2 < gaps < 0.5, "one in a piece, one with gaps"
     if drawn.width > 100:
+        row = at[round(0.2 * drawn.height) + width // 2]
+        assert 0.05 < (row == MAGENTA).all(1).sum() / drawn.width < 0.25, "and so the lines across"
+    if drawn.width > 100:
         assert tuple(at[drawn.height // 2, round(0.3 * drawn.width)]) == GROUND
 
 
@@ -222,8 +225,11 @@ EVIL = (
 )
 
 
-def evil_evaluation(folder: Path, port: int = 1, noise: bool = False, count: int = 40) -> Path:
-    """A finished evaluation whose categories and completions try to break out of the page."""
+def evil_evaluation(folder: Path, port: int = 1, noise: bool = False, count: int = 40, rare: int | None = None) -> Path:
+    """A finished evaluation whose categories and completions try to break out of the page.
+
+    rare: the one row whose answer does not parse; by default every third.
+    """
     text, rng = EVIL.replace("PORT", str(port)), np.random.default_rng(0)
     examples, records = [], []
     (folder / "images").mkdir(parents=True)
@@ -232,7 +238,7 @@ def evil_evaluation(folder: Path, port: int = 1, noise: bool = False, count: int
         pixels = rng.integers(0, 255, (700, 900, 3), dtype=np.uint8) if noise else np.full((70, 90, 3), 200, np.uint8)
         Image.fromarray(pixels).save(path)
         e = Example(f"{row}", (path,), (900, 700), ((10.0, 10.0, 60.0, 60.0),), text, image_id=row, category_id=1)
-        answer = [FOUND, text, "<answer>No Objects</answer>"][row % 3]
+        answer = [FOUND, text, "<answer>No Objects</answer>"][row % 3 if rare is None else int(row == rare)]
         rewards = {"iou": 0.5, text: float(row % 3 == 0)}
         examples.append(e)
         records.append({"row": row} | evaluate.record(TASKS["coco"], e, (1000, 1000), answer, rewards))
@@ -306,6 +312,29 @@ def test_the_page_shows_what_there_is(tmp_path):
     assert page.count("<div class=pair>") == 8 and "Most different rewards" in page and "-0.70" in page
     assert "Highest rewards" in page and "Lowest rewards" in page
     assert all(words in page for words in (outcomes.OUTCOMES["missed"], outcomes.OUTCOMES["found"]))
+
+
+def test_boxes_of_a_group_tell_the_sign_of_the_advantage(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "draw_boxes", lambda picture, size, marks: drawn.append(marks) or picture)
+    run = evil_run(tmp_path / "run")
+    groups = json.loads((run / "groups.json").read_text())
+    for completion, advantage in zip(groups[0]["completions"], (1.5, -1.5)):
+        completion |= {"advantage": advantage, "boxes": [[1, 1, 9, 9]]}
+    groups[0]["completions"].append(groups[0]["completions"][0] | {"advantage": 0.0})
+    (run / "groups.json").write_text(json.dumps(groups[:1]))
+    drawn.clear()
+    report.write_report([run], run / "report.html")
+    marks = {mark.label: (mark.color, mark.dashed) for mark in drawn[0]}
+    better, worse, equal = (draw.BETTER, False), (draw.WORSE, True), (draw.EQUAL, False)
+    assert marks == {"": (draw.TRUE, False), "1": better, "2": worse, "3": equal}
+
+
+def test_a_rare_outcome_has_its_picture(tmp_path):
+    """One answer of 100 does not parse, and it is none of the 24 evenly spaced ones."""
+    folder = evil_evaluation(tmp_path / "a", count=100, rare=50)
+    assert 50 not in draw.evenly(100, 24) and (folder / "thumbnails" / "000050.jpg").exists()
+    assert outcomes.OUTCOMES["not parsed"] in (folder / "report.html").read_text()
 
 
 def test_the_page_keeps_its_size_whatever_the_pictures(tmp_path):
