@@ -792,7 +792,7 @@ class Prompts(torch.utils.data.Dataset):
         if self.max_length is not None and length > self.max_length:
             raise DataError(
                 f"example {example.id}: its prompt has {length} tokens, and the model has room for {self.max_length} "
-                "next to the completion; prompts are never cut: lower --max_pixels or --max_completion_tokens"
+                "next to the answer; prompts are never cut: lower --max_pixels, or ask for shorter answers"
             )
         opened = re.search(r"<think>(\s*</think>)?\s*$", text)
         # If the template writes an empty <think></think> itself, it is part of the answer only with --think.

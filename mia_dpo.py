@@ -32,6 +32,7 @@ What differs from the paper and its released code, and why:
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -46,26 +47,27 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task, extra
+from data import TASKS, DataError, Example, Prompt, Prompts, Task
 from extras.adapters import language_model
+from extras.collages import LAYOUTS, Layout, Question, Questions, part_boxes
 from extras.draw import draw_pair
-from extras.evaluate import read_predictions
-from extras.readers.rows import file_rows
-from extras.report import write_report
-from rewards import Box, parse_answer, reward_weights
+from extras.evaluate import append_own, join_parts, read_parts, write_rows
+from extras.readers.pairs import read_pairs
+from extras.report import write_whole
+from extras.variants import answer_ids
+from rewards import normalize_name, parse_answer, reward_weights
 from virft import (  # of the algorithm
     MicroBatch, branch, completion_mask, fork, log_distribution, optimizer_step, prefill, sample, sampling_noise,
 )  # fmt: skip
 from virft import (  # of settings, loading and the loop
-    Averages, Config, Run, build as build_run, connect, due, guarded, load_processor, obey, open_out, out_rule,
-    parse, save_model, say, setting, write,
+    Averages, Config, Run, build as build_run, connect, load_processor, obey, open_out, out_rule, parse, say, setting,
+    train as train_run,
 )  # fmt: skip
 
 
@@ -76,22 +78,17 @@ def as_in_virft(name: str, default: Any = None, heading: str | None = None) -> A
     return setting(default, known.metadata["help"], heading, **known.metadata["rules"])
 
 
-class Layout(NamedTuple):
-    """Describe how an image is put among others."""
-
-    kind: str  # sequence, grid or pip
-    images: int
-    limit: float  # highest share of attention to the target at which a wrong answer is still a candidate
-
-
-LAYOUTS = {
-    **{f"sequence{n}": Layout("sequence", n, limit) for n, limit in ((2, 0.8), (3, 0.7), (4, 0.6), (5, 0.6))},
-    **{f"grid{n}": Layout("grid", n, limit) for n, limit in ((2, 0.7), (3, 0.6), (4, 0.5), (6, 0.4), (9, 0.3))},
-    "pip": Layout("pip", 2, 0.8),
-}
-# The published counts: 15.1k pairs of sequences (mostly of two images), 9.3k of grids, 4.5k of pictures in pictures.
-PUBLISHED_MIX = ["sequence2=9.1", *(f"sequence{n}=2" for n in (3, 4, 5))]
-PUBLISHED_MIX += [*(f"grid{n}=1.86" for n in (2, 3, 4, 6, 9)), "pip=4.5"]
+# The released questions: 62,000 about sequences (mostly of two images), 90,000 about grids, 49,000 about pictures in
+# pictures. Of the pairs that came out, 52% are about sequences.
+PUBLISHED_MIX = ["sequence2=37.4", *(f"sequence{n}=8.2" for n in (3, 4, 5))]
+PUBLISHED_MIX += [*(f"grid{n}=18" for n in (2, 3, 4, 6, 9)), "pip=49"]
+# --published: what the released code does otherwise than our defaults. It also answers greedily, shows collages with
+# noise (collages.NOISE), and drops right answers of TRUTH characters and more.
+PUBLISHED_BUILD = {
+    "answers": 1, "max_completion_tokens": 512, "max_length_ratio": math.inf, "min_edit_distance": 0.0,
+}  # fmt: skip
+PUBLISHED_TRAIN = {"gamma": 0.0, "epochs": 1.0, "prompts_per_step": 64, "lr": 5e-5, "lora_rank": 128}
+TRUTH = 512
 
 
 @dataclass
@@ -107,6 +104,7 @@ class BuildConfig:
     layouts: list[str] = setting(PUBLISHED_MIX, f"layouts and weights, such as grid4=1; of {', '.join(LAYOUTS)}")
     cell: int = setting(448, "side of a grid's cells in pixels; their margin is 40/448 of it", least=1)
     out: str = setting("pairs.jsonl", "file for the pairs; NAME.jsonl puts everything else into the folder NAME")
+    published: bool = setting(False, "as the released code: greedy, 512 tokens, noise on collages (docs/mia_dpo.md)")
 
     model: str = as_in_virft("model", heading="The model and its answers")
     max_pixels: int = as_in_virft("max_pixels")
@@ -146,6 +144,7 @@ class TrainConfig:
     processor_options: list[str] = as_in_virft("processor_options")
     skip_bad_images: bool = as_in_virft("skip_bad_images")
 
+    published: bool = setting(False, "as the released script: rank 128, 64 pairs a step (docs/mia_dpo.md)")
     beta: float = setting(0.1, "DPO's beta: scale of the log-ratio to the reference", "The algorithm", above=0)
     gamma: float = setting(0.1, "weight of the cross-entropy of the chosen answers", least=0)
 
@@ -166,72 +165,7 @@ class TrainConfig:
     report_to: list[str] = as_in_virft("report_to", heading="Seeing what happens")
 
 
-# 1 and 2. Questions about one of several images --------------------------------------------------
-
-GRIDS = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}  # images -> rows, columns
-CENTER = (1 / 6, 1 / 6, 5 / 6, 5 / 6)  # the published 16 x 16 of 24 x 24 tokens, in fractions of width and height
-PIP_SHARE = 0.7  # largest fraction of the background's width and height that the picture in it takes
-PIP_PHRASES = (
-    "In the picture at the center, ", "In the small picture in the middle, ",
-    "In the picture that lies on the other one, ", "Looking only at the inner picture, ",
-    "In the inset at the center of the image, ",
-)  # fmt: skip
-
-
-def paste(sheet: Image.Image, image: Image.Image, most: tuple[int, int], area: tuple[int, int, int, int]) -> Box:
-    """Paste an image, scaled to fit `most` (width, height), at the center of `area` (xyxy); return its box."""
-    small = ImageOps.contain(image, most, Image.Resampling.BICUBIC)
-    x, y = area[0] + (area[2] - area[0] - small.width) // 2, area[1] + (area[3] - area[1] - small.height) // 2
-    sheet.paste(small, (x, y))
-    return float(x), float(y), float(x + small.width), float(y + small.height)
-
-
-def grid_collage(images: Sequence[Image.Image], cell: int = 448) -> tuple[Image.Image, list[Box]]:
-    """Paste images into the cells of a white grid, "Image i" above each; return the collage and the box of each image.
-
-    Aspect ratios are kept. A margin of 40 pixels at cell 448 surrounds every cell and holds its label.
-    """
-    (rows, columns), margin = GRIDS[len(images)], round(cell * 40 / 448)
-    pitch = cell + margin
-    sheet, placed = Image.new("RGB", (columns * pitch + margin, rows * pitch + margin), "white"), []
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(1.0, 0.7 * margin))
-    for i, image in enumerate(images):
-        left, top = margin + i % columns * pitch, margin + i // columns * pitch
-        placed.append(paste(sheet, image, (cell, cell), (left, top, left + cell, top + cell)))
-        draw.text((left + cell // 2, top - margin // 2), f"Image {i + 1}", "black", font, anchor="mm")
-    return sheet, placed
-
-
-def picture_in_picture(target: Image.Image, background: Image.Image) -> tuple[Image.Image, Box]:
-    """Paste the target at the background's center, as large as PIP_SHARE allows; return the picture and its box."""
-    sheet, (width, height) = background.copy(), background.size
-    most = max(1, int(PIP_SHARE * width)), max(1, int(PIP_SHARE * height))
-    return sheet, paste(sheet, target, most, (0, 0, width, height))
-
-
-def place_box(box: Box, size: tuple[int, int], placed: Box) -> Box:
-    """Map a box in an image of `size` (width, height) to the collage in which the image fills the box `placed`."""
-    x, y = (placed[2] - placed[0]) / size[0], (placed[3] - placed[1]) / size[1]
-    return (placed[0] + box[0] * x, placed[1] + box[1] * y, placed[0] + box[2] * x, placed[1] + box[3] * y)
-
-
-def multi_image_prompt(layout: Layout, words: str, question: str) -> str:
-    """Return the question with one IMAGE_MARK per image that the model gets; `words` say which image is meant."""
-    labels = [f"Image {i + 1}: " for i in range(layout.images)] if layout.kind == "sequence" else [""]
-    marks = "".join(f"{label}{IMAGE_MARK}\n" for label in labels)
-    question = question.replace(IMAGE_MARK, "").strip()
-    return marks + words + question[:1].lower() + question[1:]
-
-
 # 3. Attention ------------------------------------------------------------------------------------
-
-
-def part_boxes(layout: Layout) -> list[Box] | None:
-    """Return a grid's cells or a pip's center as boxes in fractions of the collage; None for a sequence."""
-    if layout.kind != "grid":
-        return [CENTER] if layout.kind == "pip" else None
-    rows, columns = GRIDS[layout.images]
-    return [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r in range(rows) for c in range(columns)]
 
 
 def regions(layout: Layout, rows: int, columns: int) -> Tensor:
@@ -250,19 +184,25 @@ def attention_shares(attention: Tensor, parts: Tensor, mean: bool) -> Tensor:
     return mass / mass.sum()
 
 
-def branch_with_attention(model: nn.Module, prefix: Any, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Run `branch` with eager attention, as fused kernels never form the weights; return logits and layers' weights."""
-    config, attentions = language_model(model).config, []
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the attention modules of the language model, in order; other kinds of layers have none to look at."""
+    named = [m for m in language_model(model).modules() if type(m).__name__.endswith("Attention")]
+    return [module for module in named if hasattr(module, "layer_idx")]
+
+
+def branch_with_attention(model: nn.Module, prefix: Any, ids: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Run `branch` and return its logits and the attention weights of one layer, [N, heads, C, keys].
+
+    Attention is eager here, because fused kernels never form the weights. The hook keeps those of one layer; with
+    output_attentions the model would keep all.
+    """
+    config, seen = language_model(model).config, []
     usual, config._attn_implementation = config._attn_implementation, "eager"
-
-    def forward(**inputs):
-        out = model(**inputs, output_attentions=True)
-        attentions[:] = out.attentions or ()
-        return out
-
+    hook = layer.register_forward_hook(lambda module, given, out: seen.append(out[1]))
     try:
-        return branch(forward, prefix, ids), attentions
+        return branch(model, prefix, ids), seen[0]
     finally:
+        hook.remove()
         config._attn_implementation = usual
 
 
@@ -281,14 +221,13 @@ def look(
     # The prompt's last token predicts the answer's first, so it is left out of the prefix: its attention counts, too.
     before = {name: x[:, :-1] if x.shape[:2] == prompt.shape else x for name, x in inputs.items()}
     prefix, continuation = fork(prefill(model, before), rows), torch.cat([prompt[rows, -1:], ids[:, :-1]], 1)
-    logits, attentions = branch_with_attention(model, prefix, continuation)
-    layer = len(attentions) // 2 if layer is None else layer
-    seen = attentions[layer] if layer < len(attentions) else None
-    if seen is None or seen.shape[-1] != length - 1 + ids.shape[1]:
-        raise SystemExit(
-            f"--layer {layer}: {type(model).__name__} gives no attention to the whole prompt there; it has "
-            f"{len(attentions)} layers that return attention, counted from 0 (sliding-window layers see less)"
-        )
+    layers = attention_layers(model)
+    layer = len(layers) // 2 if layer is None else layer
+    if layer >= len(layers):
+        raise SystemExit(f"--layer {layer}: {type(model).__name__} has {len(layers)} layers of attention, from 0 on")
+    logits, seen = branch_with_attention(model, prefix, continuation, layers[layer])
+    if seen.shape[-1] != length - 1 + ids.shape[1]:
+        raise SystemExit(f"--layer {layer}: {type(model).__name__} sees a part of the prompt there; give another layer")
     counted = mask.clone()
     counted[:, 0] |= ~mask.any(1)
     weights = counted / counted.sum(1, keepdim=True)  # [N, C]
@@ -312,7 +251,7 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
     return row[-1]
 
 
-FILTERS = ("unfinished", "right", "sure", "length", "alike", "looked right")  # in the order of their checks
+FILTERS = ("unfinished", "long truth", "right", "sure", "length", "alike", "looked right")  # in this order
 
 
 def limits_of(cfg: BuildConfig) -> dict[str, float]:
@@ -326,7 +265,8 @@ def flaw(candidate: dict, cfg: BuildConfig, limits: dict[str, float]) -> str | N
     longer, shorter = max(len(answer), len(truth)), max(1, min(len(answer), len(truth)))
     failed = {
         "unfinished": candidate["truncated"] or not answer,
-        "right": answer == truth,
+        "long truth": cfg.published and len(candidate["chosen"]) >= TRUTH,
+        "right": normalize_name(candidate["rejected"]) == normalize_name(candidate["chosen"]),
         "sure": candidate["perplexity"] <= cfg.min_perplexity,
         "length": longer / shorter > cfg.max_length_ratio,  # far longer or shorter than the right answer
         "alike": edit_distance(answer, truth) / max(1, longer) < cfg.min_edit_distance,  # almost the right answer
@@ -371,25 +311,26 @@ def dpo_loss(logp: Tensor, logp_ref: Tensor, beta: float) -> tuple[Tensor, Tenso
     return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
 
 
-def pair_ids(run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """Tokenize the chosen and rejected answers of B pairs, each with its end; return ids and mask [B * 2, C]."""
-    tokenizer = run.prompts.processor.tokenizer
-    encoded = tokenizer([text for p in prompts for text in p.solution], add_special_tokens=False)["input_ids"]
-    end = data.turn_end(run.prompts.processor)
-    end = tokenizer.eos_token_id if end is None else end
-    rows = [torch.tensor(ids + [end]) for ids in encoded]
-    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.eos_token_id)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
-    return ids.to(run.device), mask.to(run.device)
+class Pairs(NamedTuple):
+    """What `virft.train` has instead of a rollout: the pairs of a step, whose answers are known before."""
+
+    prompts: list[Prompt]
+    told: list[dict]  # by pair: its numbers, once `dpo_update` has computed them
+    texts = ()  # nothing was sampled
+
+    def rows(self, step: int) -> list[dict]:
+        """Return a line of rollouts.jsonl for each pair."""
+        return [{"step": step} | numbers for numbers in self.told]
 
 
-def dpo_update(run: Run, prompts: list[Prompt], step: int) -> tuple[Averages, list[dict]]:
-    """Take one optimizer step on the pairs of a step; return its metrics and a row of rollouts.jsonl for each pair."""
-    cfg, metrics, rows_of_step = run.cfg, Averages(), []
+def dpo_update(run: Run, pairs: Pairs) -> Averages:
+    """Take one optimizer step on the pairs of a step; return its metrics."""
+    cfg, metrics = run.cfg, Averages()
     at_once = max(1, cfg.micro_batch // 2)
-    for start in range(0, len(prompts), at_once):
-        pairs = prompts[start : start + at_once]
-        batch = MicroBatch(pairs, run.collate(pairs), *pair_ids(run, pairs))
+    for start in range(0, len(pairs.prompts), at_once):
+        prompts = pairs.prompts[start : start + at_once]
+        ids, mask = answer_ids(run, [text for p in prompts for text in p.solution])  # [n * 2, C]
+        batch = MicroBatch(prompts, run.collate(prompts), ids, mask)
         logp_ref = (run.reference_logps(batch) * batch.mask).sum(1)  # [n], of whole answers
         run.lap("reference")
 
@@ -408,13 +349,13 @@ def dpo_update(run: Run, prompts: list[Prompt], step: int) -> tuple[Averages, li
                 metrics.add(name, values.detach().sum(), len(values))
             for i, pair in enumerate(rows[::2].tolist()):
                 numbers = {name: round(values[i].item(), 4) for name, values in columns.items()}
-                rows_of_step.append({"step": step, "id": batch.prompts[pair // 2].example.id} | numbers)
+                pairs.told.append({"id": batch.prompts[pair // 2].example.id} | numbers)
             return loss.sum() / cfg.prompts_per_step  # of all processes: their gradients are added up
 
         run.backward(batch, loss_of, unit=2)
         run.lap("train")
     optimizer_step(run, metrics)
-    return metrics, rows_of_step
+    return metrics
 
 
 # ================================================================================================
@@ -422,94 +363,6 @@ def dpo_update(run: Run, prompts: list[Prompt], step: int) -> tuple[Averages, li
 
 READ_CAPTIONS = functools.partial(data.extra_reader, "--task captions", "captions", "read_captions")
 CAPTIONS = replace(TASKS["rows"], name="captions", read=READ_CAPTIONS)
-
-
-def single_image_question(task: Task, example: Example, seen: tuple[int, int], coordinates: str) -> tuple[str, str]:
-    """Return an example's question and right answer as text; seen: (width, height) of the picture the model gets."""
-    question, target = task.question(example, seen, coordinates, think=False)
-    if "<answer>" in question:  # then the answer has the tags that the question asks for
-        return question, data.model_answer(task, example, target, think="<think>" in question)
-    return question, task.answer(data.model_solution(example, target))
-
-
-class Question(NamedTuple):
-    """Hold a question about one of several images; `example.solution` is the right answer as text."""
-
-    example: Example
-    layout: str
-    target: int  # index of the image that is meant, or of its part of the collage
-
-
-@dataclass(eq=False)
-class Questions(Dataset):
-    """Compose and encode one question per example, in a loader's workers; a DataError if an image does not open."""
-
-    prompts: Prompts
-    mix: dict[str, float]
-    folder: Path  # for the collages
-    cell: int
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.prompts.examples)
-
-    def __getitem__(self, i: int) -> tuple[int, Question, Prompt] | tuple[int, DataError, None]:
-        try:
-            question = self.compose(i)
-            return i, question, replace(self.prompts, task=TASKS["rows"]).encode(question.example)
-        except DataError as error:
-            return i, error, None
-
-    def compose(self, i: int) -> Question:
-        """Put example i among others and write a collage to `folder`; the seed decides every choice."""
-        examples, rng = self.prompts.examples, random.Random(f"{self.seed}/{i}")
-        (name,) = rng.choices(list(self.mix), list(self.mix.values()))
-        layout, example = LAYOUTS[name], examples[i]
-        shown = [other.images[0] for other in self.companions(example, layout.images - 1, rng)]
-        target = 0 if layout.kind == "pip" else rng.randrange(layout.images)
-        shown.insert(target, example.images[0])
-        picture = data.open_image(example.images[0], example.size)  # checks the size that its boxes refer to
-        size = frame = picture.size
-        placed = (0.0, 0.0, *map(float, size))
-        if layout.kind == "sequence":
-            files = [
-                source if isinstance(source, Path) else self.write(data.open_image(source), f"{i}_{k}")
-                for k, source in enumerate(shown)
-            ]
-        else:
-            pictures = [picture if k == target else data.open_image(source) for k, source in enumerate(shown)]
-            if layout.kind == "grid":
-                sheet, places = grid_collage(pictures, self.cell)
-                placed = places[target]
-            else:
-                sheet, placed = picture_in_picture(*pictures)
-            files, frame = [self.write(sheet, str(i))], sheet.size
-        task, coordinates = self.prompts.task, self.prompts.coordinates
-        if task.boxes:
-            boxes = data.map_boxes(example.solution, lambda box: place_box(box, size, placed))
-            example = replace(example, solution=boxes, size=frame)
-        asked, answer = single_image_question(task, example, self.prompts.frame(frame), coordinates)
-        words = rng.choice(PIP_PHRASES) if layout.kind == "pip" else f"In Image {target + 1}, "
-        prompt = multi_image_prompt(layout, words, asked)
-        composed = Example(f"{name}/{i}", tuple(files), None, answer, example.category, question=prompt)
-        return Question(composed, name, target)
-
-    def companions(self, example: Example, count: int, rng: random.Random) -> list[Example]:
-        """Draw `count` examples of different images, none of them the example's own."""
-        found = {repr(example.images[0]): example}
-        for _ in range(100 * count):
-            other = rng.choice(self.prompts.examples)
-            found.setdefault(repr(other.images[0]), other)
-            if len(found) > count:
-                return list(found.values())[1:]
-        raise DataError(f"example {example.id}: there are not {count} other images to put it among")
-
-    def write(self, image: Image.Image, name: str) -> Path:
-        path = self.folder / f"{name}.png"
-        aside = path.with_name(f"{name}.{os.getpid()}.unfinished")
-        image.save(aside, "png")
-        aside.replace(path)
-        return path
 
 
 def image_parts(prompts: Prompts, question: Question, prompt: Prompt, tokens: int) -> tuple[Tensor, bool]:
@@ -565,8 +418,10 @@ def answer_questions(run: Run, questions: list[Question], numbers: list[int], pr
     cfg, G = run.cfg, run.cfg.answers
     with run.autocast():
         inputs = run.collate(prompts)
-        noise = sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, cfg.max_completion_tokens).to(run.device)
-        ids, _ = sample(run.model, inputs, G, noise, noise.shape[1], run.eos, **run.distribution, capture=run.capture)
+        limit = cfg.max_completion_tokens
+        noise = sampling_noise([f"{cfg.seed}/{i}" for i in numbers], G, limit).to(run.device)
+        noise = None if cfg.published else noise  # None: greedy
+        ids, _ = sample(run.model, inputs, G, noise, limit, run.eos, **run.distribution, capture=run.capture)
         ends = torch.isin(ids, run.eos)
         mask = completion_mask(ids, run.eos) & ~ends
         attention, perplexity = look(run.model, inputs, ids, mask, G, cfg.layer, run.distribution["forbidden"])
@@ -599,19 +454,22 @@ def report_selection(judged: Sequence[dict], cfg: BuildConfig) -> str:
     return "\n".join([*lines, "ratio: the right image's share of attention, averaged over all answers"])
 
 
-def write_rows(file: Path, rows: Sequence[dict], images: str) -> None:
-    """Write JSON lines, all or none; image paths become relative to the file's folder, so both can be moved."""
-    aside = file.with_name(file.name + ".unfinished")
-    aside.unlink(missing_ok=True)
-    folder = file.parent.resolve()
-    relative = [[os.path.relpath(Path(path).resolve(), folder) for path in row[images]] for row in rows]
-    data.append_rows(aside, [row | {images: paths} for row, paths in zip(rows, relative)])
-    aside.replace(file)
+def relative(rows: Sequence[dict], images: str, folder: Path) -> list[dict]:
+    """Return rows whose image paths are relative to a folder, so that both can be moved."""
+    return [row | {images: [os.path.relpath(Path(p).resolve(), folder.resolve()) for p in row[images]]} for row in rows]
+
+
+def as_published(cfg: Any, values: dict[str, Any]) -> Any:
+    """With --published set these settings; SystemExit where one of them was given otherwise."""
+    for name, value in values.items() if cfg.published else ():
+        obey(cfg, [(name, getattr(cfg, name) in (getattr(type(cfg)(), name), value), f"{value} with --published")])
+        setattr(cfg, name, value)
+    return cfg
 
 
 def parse_build(argv: Sequence[str]) -> BuildConfig:
     usage = "%(prog)s --task TASK --data DIR --model NAME [flags]"
-    cfg = parse(BuildConfig, argv, prog="mia_dpo.py build", usage=usage)
+    cfg = as_published(parse(BuildConfig, argv, prog="mia_dpo.py build", usage=usage), PUBLISHED_BUILD)
     try:
         mix, limits = reward_weights(cfg.layouts), reward_weights(cfg.limits)
     except ValueError as error:
@@ -637,8 +495,8 @@ MAY_DIFFER = "workers batch pictures selection limits min_perplexity max_length_
 
 def check_folder(cfg: BuildConfig, folder: Path) -> None:
     """Raise SystemExit if the folder of a build holds something else, or a build that this one cannot continue."""
-    settings, file = asdict(cfg) | dict.fromkeys(MAY_DIFFER), folder / "config.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings, before = asdict(cfg) | dict.fromkeys(MAY_DIFFER), begun(folder)
+    before.pop("asked", None)
     if folder.exists() and any(folder.iterdir()) and "layouts" not in before:
         raise SystemExit(f"--out {cfg.out}: must be another: {folder} was not made by a build, and will not be touched")
     finished = Path(cfg.out).exists() or (folder / "questions.jsonl").exists()
@@ -646,26 +504,29 @@ def check_folder(cfg: BuildConfig, folder: Path) -> None:
         raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; give another or remove it")
 
 
-def open_folder(cfg: BuildConfig, folder: Path) -> list[dict]:
+def begun(folder: Path) -> dict:
+    """Return the settings of the build that has begun in a folder; none: {}."""
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def open_folder(cfg: BuildConfig, folder: Path, examples: Sequence[Example]) -> list[dict]:
     """Make the folder of a build; return the answers of an interrupted build, or of one whose pairs were removed."""
+    told = json.dumps([[e.id, e.question, e.solution, list(map(str, e.images))] for e in examples])
+    asked, before = hashlib.sha256(told.encode()).hexdigest(), begun(folder)
+    if before.get("asked", asked) != asked:
+        raise DataError(f"{folder}: its answers are to other questions, the data changed; another --out starts over")
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(cfg) | dict.fromkeys(MAY_DIFFER), indent=2) + "\n")
-    parts = sorted(folder.glob("candidates*.jsonl"))
-    found = {(row["number"], row["id"]): row for part in parts for row in read_predictions(part)}
+    settings = asdict(cfg) | dict.fromkeys(MAY_DIFFER) | {"asked": asked}
+    write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    found = {(row["number"], row["id"]): row for row in read_parts(folder, "candidates")}
     answered = Counter(number for number, _ in found)
     kept = [row for (number, _), row in found.items() if answered[number] == cfg.answers]  # only complete questions
     for row in kept:
         row["image"] = [str((folder / image).resolve()) for image in row["image"]]
         row.pop("dropped", None)
-    write_candidates(folder, kept)
+    join_parts(folder, "candidates", relative(kept, "image", folder))
     return kept
-
-
-def write_candidates(folder: Path, candidates: Sequence[dict]) -> None:
-    """Write all candidates to candidates.jsonl, then remove the files of single processes."""
-    write_rows(folder / "candidates.jsonl", candidates, "image")
-    for part in folder.glob("candidates.*.jsonl"):
-        part.unlink()
 
 
 def build(argv: list[str]) -> None:
@@ -684,10 +545,11 @@ def build(argv: list[str]) -> None:
     room = positions - cfg.max_completion_tokens
     asked = (False, cfg.system_prompt, room, False, cfg.template_options)
     prompts = Prompts(task, examples, processor, coordinates, *asked)
-    questions = Questions(prompts, reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed)
+    shown = (reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed, cfg.published)
+    questions = Questions(prompts, *shown)
     run = build_run(cfg, accelerator, prompts, {}, trains=False, temperature=cfg.temperature)
     say("\n".join(notes))
-    (kept,) = broadcast_object_list([open_folder(cfg, folder) if main else []])
+    (kept,) = broadcast_object_list([open_folder(cfg, folder, examples) if main else []])
     if kept:
         say(f"continuing with {len(kept)} answers from {folder}")
     done = {candidate["number"] for candidate in kept}
@@ -703,7 +565,7 @@ def build(argv: list[str]) -> None:
             numbers, asked, encoded = map(list, zip(*good))
             if cfg.answers:
                 found = answer_questions(run, asked, numbers, encoded)
-                data.append_rows(folder / f"candidates.{accelerator.process_index}.jsonl", found)
+                append_own(folder, "candidates", accelerator.process_index, found)
             else:
                 found = [{"number": number, "row": question_row(task, q)} for number, q in zip(numbers, asked)]
             records += found
@@ -726,17 +588,18 @@ def question_row(task: Task, question: Question) -> dict:
 def finish_build(cfg: BuildConfig, records: list[dict], folder: Path) -> None:
     """Write pairs, all candidates with the filter that dropped each, pictures and a table; or the questions alone."""
     if not cfg.answers:
-        write_rows(folder / "questions.jsonl", [record["row"] for record in records], "images")
+        write_rows(folder / "questions.jsonl", relative([record["row"] for record in records], "images", folder))
         return print(f"{len(records)} questions in {folder / 'questions.jsonl'}")
     judged = select(records, cfg)
     pairs = [c for c in judged if c["dropped"] is None]
-    write_candidates(folder, judged)
+    join_parts(folder, "candidates", relative(judged, "image", folder))
     for number, pair in enumerate(random.Random(cfg.seed).sample(pairs, min(cfg.pictures, len(pairs)))):
         draw_pair(pair, part_boxes(LAYOUTS[pair["layout"]]), folder / "pictures" / f"{number:03d}.png")
     table = report_selection(judged, cfg)
     (folder / "selection.txt").write_text(table + "\n")
     published = ("id", "image", "prompt", "chosen", "rejected", "gt", "layout", "ratio")
-    write_rows(Path(cfg.out), [{name: pair[name] for name in published} for pair in pairs], "image")
+    out, kept = Path(cfg.out), [{name: pair[name] for name in published} for pair in pairs]
+    write_rows(out, relative(kept, "image", out.parent))
     print(f"{table}\n{len(pairs)} pairs in {cfg.out}; all answers and pictures in {folder}")
 
 
@@ -744,55 +607,28 @@ def finish_build(cfg: BuildConfig, records: list[dict], folder: Path) -> None:
 # The machinery of `train`.
 
 
-def read_pairs(file: Path, skip_bad_images: bool = False) -> list[Example]:
-    """Read pairs as examples whose solution is (chosen, rejected). DataError names the line and what was expected."""
-    examples, names = [], ("id", "image", "prompt", "chosen", "rejected")
-    for where, row in file_rows(file):
-        missing = [name for name in names if not isinstance(row, dict) or row.get(name) in (None, "", [])]
-        if missing or not all(isinstance(row[name], str) for name in ("prompt", "chosen", "rejected")):
-            raise DataError(f"{where}: a pair has {', '.join(names)}, none of them empty; this one is {str(row)[:300]}")
-        images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-        paths = tuple(file.parent / image for image in images)
-        if lost := [path for path in paths if not path.is_file() and not skip_bad_images]:
-            raise DataError(f"{where}: {lost[0]}: no such image")
-        answers = (row["chosen"], row["rejected"])
-        examples.append(Example(str(row["id"]), paths, None, answers, "pair", question=row["prompt"]))
-    if not examples:
-        raise DataError(f"{file}: no pairs; the table of `build` says which filter dropped them")
-    return examples
-
-
 def parse_train(argv: Sequence[str]) -> TrainConfig:
     cfg = parse(TrainConfig, argv, prog="mia_dpo.py train", usage="%(prog)s --pairs FILE --model NAME [flags]")
+    cfg = as_published(cfg, PUBLISHED_TRAIN)
     cfg.lr = cfg.lr or (1e-5 if cfg.lora_rank else 5e-6)
     obey(cfg, [out_rule(cfg, may_exist=cfg.resume)])
     return cfg
 
 
 def train(argv: Sequence[str]) -> None:
-    """Do items 5 and 6: train on the pairs, write metrics, save the model, write report.html."""
+    """Do items 5 and 6, by the loop of virft.py."""
     cfg = parse_train(argv)
-    accelerator, pairs = connect(cfg), read_pairs(Path(cfg.pairs), cfg.skip_bad_images)
+    accelerator, (processor, coordinates, positions) = connect(cfg), load_processor(cfg, "relative")
+    pairs, notes = read_pairs(Path(cfg.pairs), processor, positions // 2, cfg.skip_bad_images)
     cfg.steps = cfg.steps or max(1, round(cfg.epochs * len(pairs) / cfg.prompts_per_step))
-    processor, coordinates, positions = load_processor(cfg, "relative")
+    cfg.warmup_steps = cfg.warmup_steps or (cfg.steps // 10 if cfg.published else 0)
     longest = max(len(ids) for ids in processor.tokenizer([text for e in pairs for text in e.solution])["input_ids"])
     task, room = replace(TASKS["rows"], name="pairs"), positions - longest - 1
     shown = (processor, coordinates, False, cfg.system_prompt, room, cfg.skip_bad_images, cfg.template_options)
     run = build_run(cfg, accelerator, Prompts(task, pairs, *shown), {}, trains=True)
-    open_out(run, 2, "answers", [f"{name}: {text}" for name, text in zip(("chosen", "rejected"), pairs[0].solution)])
-    with guarded(run) as stopping:
-        for step, prompts in run.steps():
-            metrics, rows = dpo_update(run, prompts, step)
-            write(run, step, metrics, rows, shown=("margin", "accuracy", "logp_chosen"))
-            stop = stopping()
-            if stop or due(step, cfg.save_every):
-                extra("checkpoints", "--save_every").save(run)
-            if stop:
-                break
-        else:
-            save_model(run)
-    if run.main:
-        write_report([Path(cfg.out)], Path(cfg.out) / "report.html")
+    notes += [f"{name}: {text}" for name, text in zip(("chosen", "rejected"), pairs[0].solution)]
+    open_out(run, 2, "answers", notes)
+    train_run(run, rollout=lambda run, prompts, step: Pairs(prompts, []), update=dpo_update)
     accelerator.end_training()
 
 

@@ -50,6 +50,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from operator import ge, gt, lt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -393,7 +394,7 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
     def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logp = log_distribution(logits, temperature, forbidden)
         with torch.no_grad():
-            entropy = torch.special.entr(logp.exp()).sum(-1)  # entr(0) = 0, where p * log p would be 0 * inf
+            entropy = -logp.exp().mul_(logp.clamp(min=-1e4)).sum(-1)  # clamped, because 0 * -inf would be NaN
         return logp.gather(-1, ids[..., None]).squeeze(-1), entropy
 
     at_once = max(1, max(FLOAT32_BLOCK, logits.numel() // 32) // logits.shape[-1])
@@ -749,31 +750,35 @@ def exchange_gradients(parameters: list[nn.Parameter]) -> None:
         sum_.wait()
 
 
-def train(run: "Run", held_out: Sequence[Example] = ()) -> None:
-    """The loop: sample, update, write; now and then evaluate, save and report."""
+def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=update) -> None:
+    """The loop: sample, update, write; now and then evaluate, save and report.
+
+    --sft and mia_dpo.py bring another rollout or update.
+    """
     cfg, out, report, ro = run.cfg, Path(run.cfg.out), extra("report"), None
     with guarded(run) as stopping:
         for step, prompts in run.steps():
-            if cfg.sft:
-                ro = extra("variants", "--sft").supervised(run, prompts, step, judged)
-            else:
-                ro = rollout(run, prompts, step)
+            ro = rollout(run, prompts, step)
             metrics = update(run, ro)
-            write(run, step, metrics, ro.rows(step), shown=("reward", "kl", "completion_tokens"))
-            if held_out and due(step, cfg.eval_every):
+            write(run, step, metrics, ro.rows(step))
+            evaluates = bool(held_out) and due(step, cfg.eval_every)
+            if evaluates:
                 extra("evaluate", "--eval_every").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
             stop = stopping()
-            if stop or due(step, cfg.save_every):
+            saves = stop or due(step, cfg.save_every)
+            if saves:
                 extra("checkpoints", "--save_every").save(run)
             if stop:
                 break
-            told = any(due(step, every) for every in (REPORT_EVERY, cfg.eval_every, cfg.save_every))
-            if report and run.main and told and step < cfg.steps:
+            if report and run.main and step < cfg.steps and (evaluates or saves or due(step, REPORT_EVERY)):
                 report.follow(run, ro, step)
         else:
             save_model(run)
     if report and run.main and ro:  # none if a resumed run had no step left
         report.follow(run, ro, run.done)
+    if 2 * run.skipped > run.done:
+        rest = "their gradients were not finite (metric skipped_updates)"
+        raise SystemExit(f"{run.skipped:.0f} of {run.done} steps changed nothing: {rest}")
 
 
 # ================================================================================================
@@ -819,6 +824,7 @@ class Run:
     done: int  # steps that have been taken
     bar: Any = None  # the progress bar of `steps`
     whole: bool = True  # False while a step is partly applied to weights and moments
+    skipped: float = 0.0  # steps whose updates were skipped, see `optimizer_step`
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the current step
     clock: float = field(default_factory=time.perf_counter)  # when the last phase ended
 
@@ -1138,7 +1144,10 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def write(run: Run, step: int, metrics: Averages, rows: list[dict], shown: Sequence[str]) -> None:
+SHOWN = ("reward", "kl", "completion_tokens", "margin", "accuracy")  # beside the progress bar, where they are logged
+
+
+def write(run: Run, step: int, metrics: Averages, rows: list[dict]) -> None:
     """Append the step to metrics.jsonl, rollouts.jsonl and the trackers; from here on the step counts as done."""
     metrics.put("step", step)
     metrics.put("lr", run.optimizer.param_groups[0]["lr"])
@@ -1151,7 +1160,8 @@ def write(run: Run, step: int, metrics: Averages, rows: list[dict], shown: Seque
         if step == 1 and row.get("zero_variance_groups") == 1:
             tqdm.write("the first step taught nothing: within every group all rewards are equal; try --check true")
     run.accelerator.log(row, step=step)
-    run.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
+    run.bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if name in row})
+    run.skipped += row["skipped_updates"]
     run.done, run.whole = step, True
 
 
@@ -1317,7 +1327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if cfg.eval_only:
             extra("evaluate", "--eval_only").evaluate(run, answer, run.prompts.examples, Path(cfg.out))
         else:
-            train(run, held_out)
+            other = {"rollout": partial(extra("variants", "--sft").supervised, judged=judged)} if cfg.sft else {}
+            train(run, held_out, **other)
         run.accelerator.end_training()
     except DataError as error:
         raise SystemExit(f"data: {error}") from None

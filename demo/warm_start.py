@@ -76,7 +76,7 @@ from demo.shapes import (  # noqa: E402
     scene_to_point_at,
     scenes_to_tell_apart,
 )
-from mia_dpo import LAYOUTS, grid_collage, multi_image_prompt  # noqa: E402
+from extras.collages import LAYOUTS, grid_collage, multi_image_prompt  # noqa: E402
 from rewards import box_iou  # noqa: E402
 
 PATCH = 28

@@ -144,8 +144,9 @@ def outline(draw: ImageDraw.ImageDraw, corners: tuple[int, int, int, int], color
 def titled(picture: Image.Image, title: str, legend: bool = True) -> Image.Image:
     """Return the picture below its title, broken into lines, and a legend of the boxes."""
     letters, width = font(16), max(picture.width, 360)
-    most = int((width - 8) / max((letters.getlength(c) for c in set(title) - {"\n"}), default=1))
-    lines = [row for line in title.splitlines() for row in textwrap.wrap(line, most) or [""]]
+    lines = title.splitlines()  # at each of Unicode's breaks, whose width no font tells
+    most = int((width - 8) / max((letters.getlength(c) for c in set("".join(lines))), default=1))
+    lines = [row for line in lines for row in textwrap.wrap(line, most) or [""]]
     at = 6 + 22 * len(lines)
     sheet = Image.new("RGB", (width, at + 26 * legend + picture.height), "white")
     sheet.paste(picture, (0, at + 26 * legend))
@@ -193,13 +194,15 @@ def draw_pair(pair: dict, parts: Sequence[Box] | None, path: Path, height: int =
 # Curves.
 
 UNITS = {  # in the titles of curves; see also draw_curve
-    "reward": "weighted sum, mean", "kl": "to the reference, nats a token",
+    "reward": "weighted sum, mean", "kl": "distance from the untrained model, nats a token",
     "reward_std": "within groups, mean", "zero_variance_groups": "share of groups that teach nothing",
     "clip_fraction": "share of tokens", "entropy": "nats a token", "sampler_gap": "nats a token",
     "cross_entropy": "nats a token", "grad_norm": "before clipping", "completion_tokens": "tokens, mean",
     "truncated": "share of answers cut off", "parsed": "share of answers", "no_objects": "share of answers",
     "empty_think": "share of answers", "tokens_per_second": "sampled", "lr": "learning rate",
     "skipped_updates": "share of updates", "margin": "chosen over rejected, times beta", "accuracy": "share of pairs",
+    "reward_chosen": "beta log(pi / pi_ref)", "reward_rejected": "beta log(pi / pi_ref)",
+    "logp_chosen": "nats an answer", "logp_rejected": "nats an answer",
 }  # fmt: skip
 
 
@@ -230,7 +233,7 @@ def draw_curve(axis: Any, lines: Sequence[tuple[str | None, list[dict], str]], n
         if steps:
             means, style, most = smoothed(values), ("-", "--", "-.", ":")[i % 4], POINTS // (2 * len(lines))
             for at, y, look in (
-                (steps, values, {"alpha": 0.25, "linewidth": 0.7}),
+                (steps, values, {"alpha": 0.25 if len(means) > 1 else 1.0, "linewidth": 0.7}),
                 (steps[-len(means) :], means, {"linestyle": style, "linewidth": 1.5, "label": label}),
             ):
                 drawn = evenly(len(y), max(20, most))
@@ -239,6 +242,8 @@ def draw_curve(axis: Any, lines: Sequence[tuple[str | None, list[dict], str]], n
     axis.set_title(f"{name} ({unit})" if unit else name, fontsize=8, parse_math=False)
     axis.set_xlabel(f"step (bold: mean of {WINDOW})", fontsize=7)
     axis.tick_params(labelsize=7)
+    axis.yaxis.set_major_formatter("{x:.4g}")  # the default writes a common power of ten over the title
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     if len(axis.lines) > 2:
         for text in axis.legend(fontsize=6).get_texts():

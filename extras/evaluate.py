@@ -251,9 +251,30 @@ def read_predictions(file: Path) -> list[dict]:
         raise DataError(f"{file}: a line in the middle is not JSON ({error}); another --out starts over") from None
 
 
-def own_predictions(out: Path, process: int) -> Path:
-    """Return the file to which one process appends its answers until the evaluation is complete."""
-    return out / f"predictions.{process}.jsonl"
+def append_own(out: Path, stem: str, process: int, rows: Sequence[dict]) -> None:
+    """Append to STEM.N.jsonl, one process's part of STEM.jsonl until `join_parts`."""
+    append_rows(out / f"{stem}.{process}.jsonl", rows)
+
+
+def read_parts(out: Path, stem: str) -> list[dict]:
+    """Read STEM.jsonl and what interrupted processes appended beside it."""
+    files = [out / f"{stem}.jsonl", *sorted(out.glob(f"{stem}.*.jsonl"))]
+    return [row for file in files if file.exists() for row in read_predictions(file)]
+
+
+def join_parts(out: Path, stem: str, rows: Sequence[dict]) -> None:
+    """Write STEM.jsonl, then delete the files of the single processes."""
+    write_rows(out / f"{stem}.jsonl", rows)
+    for part in out.glob(f"{stem}.*.jsonl"):
+        part.unlink()
+
+
+def write_rows(file: Path, rows: Sequence[dict]) -> None:
+    """Write JSON lines, all or none."""
+    aside = file.with_name(f"{file.name}.unfinished")
+    aside.unlink(missing_ok=True)
+    append_rows(aside, rows)
+    aside.replace(file)
 
 
 INDIFFERENT = ("workers", "prompts_per_step", "report_to")  # settings that do not change the answers
@@ -280,25 +301,14 @@ def recover(out: Path, examples: Sequence[Example]) -> list[dict]:
 
     Returns an empty list if there are none. Raises DataError if they answer other questions than `examples`.
     """
-    files = [out / "predictions.jsonl", *sorted(out.glob("predictions.*.jsonl"))]
-    done = {r["row"]: r for file in files if file.exists() for r in read_predictions(file)}
+    done = {r["row"]: r for r in read_parts(out, "predictions")}
     asked = {row: json.dumps([e.id, e.solution]) for row, e in enumerate(examples)}
     if any(asked.get(row) != json.dumps([r["id"], r["solution"]]) for row, r in done.items()):
         raise DataError(f"{out}: its predictions answer other questions, the data changed; another --out starts over")
     records = [done[row] for row in sorted(done)]
     if records:
-        write_predictions(out, records)
+        join_parts(out, "predictions", records)
     return records
-
-
-def write_predictions(out: Path, records: Sequence[dict]) -> None:
-    """Write predictions.jsonl atomically, then delete the files of the single processes."""
-    new = out / "predictions.jsonl.unfinished"
-    new.unlink(missing_ok=True)
-    append_rows(new, records)
-    new.replace(out / "predictions.jsonl")
-    for part in out.glob("predictions.*.jsonl"):
-        part.unlink()
 
 
 def write_evaluation(
@@ -317,7 +327,7 @@ def write_evaluation(
     spaced, of_each: how many answers have a thumbnail: evenly spaced ones, and the first of each outcome.
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_predictions(out, records)
+    join_parts(out, "predictions", records)
     if task.metric == "detection":
         (out / "detections.json").write_text(json.dumps(coco_results(records)) + "\n")
     kinds, pictured = [outcome(r) for r in records], set(evenly(len(records), spaced))
@@ -365,7 +375,7 @@ def evaluate(
             for prompt, text in zip(prompts, answer(run, whole(prompts)) if prompts else []):
                 parts = {name: values[0] for name, values in run.score(prompt, [text]).items()}
                 batch.append({"row": prompt.slot} | record(task, prompt.example, prompt.target, text, parts))
-            append_rows(own_predictions(out, accelerator.process_index), batch)
+            append_own(out, "predictions", accelerator.process_index, batch)
             records += batch
     records = sorted([*kept, *gather_object(records)], key=lambda record: record["row"])
     overall, each = scores(records, task)

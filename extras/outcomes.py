@@ -13,7 +13,7 @@ OUTCOMES = {  # marks differ, so that no color is needed
     "found": "✓ all found, nothing invented",
     "right": "✓ right",
     "missed": "○ an object missed: no box of its own with an IoU above 0.5",
-    "invented": "+ all found, and boxes besides",
+    "invented": "+ a box invented: nothing missed, but a box where nothing is",
     "wrong": "✗ wrong",
     "not parsed": "? not parsed: not in the form asked for, or an empty box",
 }

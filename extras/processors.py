@@ -54,14 +54,15 @@ def inspect(images: Any, model_type: str, asks_boxes: bool) -> list[str]:
     return notes
 
 
-def refuse_placeholders(processor: Any, example: Example, question: str) -> None:
-    """Raise DataError for a question that holds the processor's own mark of an image or a video."""
-    marks = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")} - {None, IMAGE_MARK}
-    if found := [mark for mark in marks if isinstance(mark, str) and mark in question]:
-        raise DataError(
-            f"example {example.id}: its text holds {found[0]}, which stands for an image in the model's prompts: "
-            f"write {IMAGE_MARK} where an image belongs, or take it out"
-        )
+def refuse_placeholders(processor: Any, example: Example, text: str, marks: Sequence[str] = ()) -> None:
+    """Raise DataError for a text that holds the processor's own mark of an image or a video, or one of `marks`.
+
+    In a question, data.IMAGE_MARK is an image's place. In an answer no mark is right.
+    """
+    own = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")} - {None, IMAGE_MARK}
+    if found := [mark for mark in (*own, *marks) if isinstance(mark, str) and mark in text]:
+        where = "take it out" if marks else f"write {IMAGE_MARK} where an image belongs, or take it out"
+        raise DataError(f"example {example.id}: its text holds {found[0]}, which stands for an image: {where}")
 
 
 def configure(images: Any, pairs: Sequence[str]) -> None:

@@ -42,10 +42,10 @@ def follow(run: Any, ro: Any, step: int) -> None:
 
     The groups: of the largest variance, the highest and the lowest mean of rewards; fewer if they are the same.
     """
-    out, task, means = Path(run.cfg.out), run.prompts.task, ro.rewards.mean(1)
-    spread, chosen, groups = ro.rewards.var(1, correction=0), {}, []
-    for kind, i in (("widest", spread.argmax()), ("best", means.argmax()), ("worst", means.argmin())):
-        chosen.setdefault(int(i), kind)
+    out, task, chosen, groups = Path(run.cfg.out), run.prompts.task, {}, []
+    for kind in ("widest", "best", "worst") if ro.texts else ():  # mia_dpo.py samples nothing in training
+        measured = ro.rewards.var(1, correction=0) if kind == "widest" else ro.rewards.mean(1)
+        chosen.setdefault(int(measured.argmin() if kind == "worst" else measured.argmax()), kind)
     for i, kind in chosen.items():
         prompt, G = ro.prompts[i], ro.rewards.shape[1]
         example, completions = prompt.example, []
@@ -60,7 +60,8 @@ def follow(run: Any, ro: Any, step: int) -> None:
         true = {"solution": example.solution, "boxes": boxes_in(example.solution) if task.boxes else []}
         picture = embedded(thumbnail(example))
         groups.append({"kind": kind, "step": step, **asked, **true, "picture": picture, "completions": completions})
-    write_whole(out / "groups.json", json.dumps(groups, ensure_ascii=False))
+    if groups:
+        write_whole(out / "groups.json", json.dumps(groups, ensure_ascii=False))
     write_report([out], out / "report.html")
 
 

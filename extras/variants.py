@@ -77,12 +77,18 @@ def supervised(run: Any, prompts: list[Prompt], step: int, judged: Callable) -> 
 
     judged: the function of virft.py.
     """
-    tokenizer, end = run.prompts.processor.tokenizer, data.turn_end(run.prompts.processor)
-    end = tokenizer.eos_token_id if end is None else end
     texts = [data.model_answer(run.prompts.task, p.example, p.target, run.cfg.think) for p in prompts]
     # What the chat template has opened belongs to the prompt.
-    texts = [text.removeprefix("".join(p.opening.split())) for text, p in zip(texts, prompts)]
-    rows = [torch.tensor([*ids, end]) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    ids = pad_sequence(rows, batch_first=True, padding_value=int(run.eos[0])).to(run.device)
+    ids, _ = answer_ids(run, [text.removeprefix("".join(p.opening.split())) for text, p in zip(texts, prompts)])
     ro = judged(run, prompts, ids, torch.zeros(ids.shape, device=run.device), step)
     return ro._replace(advantages=torch.ones(len(ids), device=run.device))
+
+
+def answer_ids(run: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokenize answers, each with the end of an assistant's turn; return ids and mask [n, C], padded with EOS."""
+    tokenizer, end = run.prompts.processor.tokenizer, data.turn_end(run.prompts.processor)
+    end = tokenizer.eos_token_id if end is None else end
+    rows = [torch.tensor([*ids, end]) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    ids = pad_sequence(rows, batch_first=True, padding_value=int(run.eos[0]))
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    return ids.to(run.device), mask.to(run.device)

@@ -15,9 +15,9 @@ from PIL import Image, ImageChops, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
-import mia_dpo
 from conftest import ROOT
 from demo import controls, report, shapes, warm_start
+from extras import collages
 from rewards import box_iou, format_reward, iou_reward, parse_grounding
 
 MODEL = ROOT / "demo" / "model"
@@ -55,8 +55,8 @@ WORDINGS = {
     "classification": lambda mark: data.TASKS["flowers"].prompt(mark, (1000, 1000), "relative", True),
     "grounding": lambda mark: data.TASKS["lisa"].prompt(f"the {mark}", (1000, 1000), "relative", True),
     "multi-image": shapes.pair_question,
-    "mia-dpo": lambda mark: mia_dpo.multi_image_prompt(
-        mia_dpo.LAYOUTS["sequence3"], f"In Image {mark}, ", shapes.name_question()
+    "mia-dpo": lambda mark: collages.multi_image_prompt(
+        collages.LAYOUTS["sequence3"], f"In Image {mark}, ", shapes.name_question()
     ),
 }
 
@@ -142,18 +142,18 @@ def mia_answers(layout: str | None, count: int) -> list[tuple[str, list[str], li
     """(greedy answer, shapes shown, their areas, which is asked for) of held-out lessons of mia-dpo, drawn anew."""
     processor, model = committed("mia-dpo")
     rng, found, prompt_ids = random.Random(f"held out {layout}"), [], warm_start.make_prompt_ids(processor)
-    known = mia_dpo.LAYOUTS.get(layout)
+    known = collages.LAYOUTS.get(layout)
     for _ in range(count):
         scenes = [shapes.lone_scene(rng) for _ in range(known.images if known else 1)]
         pictures, asked = [shapes.draw_scene(scene, rng) for scene in scenes], rng.randrange(len(scenes))
         question = (
             shapes.name_question()
             if known is None
-            else mia_dpo.multi_image_prompt(known, f"In Image {asked + 1}, ", shapes.name_question())
+            else collages.multi_image_prompt(known, f"In Image {asked + 1}, ", shapes.name_question())
         )
         if known and known.kind == "grid":
             pictures = [
-                mia_dpo.grid_collage(pictures, warm_start.CELL)[0].resize(
+                collages.grid_collage(pictures, warm_start.CELL)[0].resize(
                     (shapes.SIZE, shapes.SIZE), Image.Resampling.BICUBIC
                 )
             ]

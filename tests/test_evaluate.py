@@ -262,9 +262,9 @@ def interrupted(tmp_path):
     examples = [example(i, (10, 10, 60, 60)) for i in range(6)]
     records = [{"row": i} | record(e, exact_answer(e)) for i, e in enumerate(examples)]
     data.append_rows(tmp_path / "predictions.jsonl", records[:2])
-    data.append_rows(evaluate.own_predictions(tmp_path, 0), records[2:4])
-    data.append_rows(evaluate.own_predictions(tmp_path, 1), [records[4]])
-    with evaluate.own_predictions(tmp_path, 1).open("a") as half:
+    evaluate.append_own(tmp_path, "predictions", 0, records[2:4])
+    evaluate.append_own(tmp_path, "predictions", 1, [records[4]])
+    with (tmp_path / "predictions.1.jsonl").open("a") as half:
         half.write(json.dumps(records[5])[:100])
     return tmp_path, examples, records
 
@@ -288,7 +288,7 @@ def test_answers_to_other_questions_are_not(interrupted):
 
 def test_a_broken_line_in_the_middle_is_named(interrupted):
     out, examples, _ = interrupted
-    data.append_rows(evaluate.own_predictions(out, 1), [{"row": 5}])
+    evaluate.append_own(out, "predictions", 1, [{"row": 5}])
     with pytest.raises(DataError, match=r"predictions\.1\.jsonl: a line in the middle is not JSON"):
         evaluate.recover(out, examples)
 

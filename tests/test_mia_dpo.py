@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -27,9 +28,12 @@ import virft
 from conftest import ROOT, shared
 from data import DataError, Example
 from demo import shapes
+from extras import collages
+from extras.collages import LAYOUTS, Question
 from extras.readers.captions import read_captions
+from extras.readers.pairs import read_pairs
+from mia_dpo import BuildConfig
 from families import batch, prompts
-from mia_dpo import LAYOUTS, BuildConfig, Question
 from test_scale import launch
 
 NONE = torch.tensor([], dtype=torch.long)
@@ -102,6 +106,21 @@ def test_the_loss_is_trls():
 # Attention.
 
 
+class PlantedAttention(nn.Module):
+    """Returns the attention that it was told of, in one of its two heads thrice the other's, if attention is eager."""
+
+    def __init__(self, config, layer_idx: int, plant: torch.Tensor):
+        super().__init__()
+        self.config, self.layer_idx, self.plant = config, layer_idx, plant
+
+    def forward(self, rows: int, n: int, keys: int):
+        if self.config._attn_implementation != "eager":  # fused kernels return none
+            return None, None
+        seen = torch.zeros(keys)
+        seen[: len(self.plant)] = self.plant
+        return None, torch.stack([1.5 * seen, 0.5 * seen])[None, :, None].expand(rows, -1, n, -1)
+
+
 class Planted(nn.Module):
     """A model that answers `word` and EOS, each with probability 0.8, and attends to a prompt as it is told to.
 
@@ -110,27 +129,25 @@ class Planted(nn.Module):
 
     def __init__(self, plant: torch.Tensor, word: int, eos: int, vocabulary: int):
         super().__init__()
-        self.plant, self.word, self.eos, self.vocabulary = plant, word, eos, vocabulary
+        self.word, self.eos, self.vocabulary = word, eos, vocabulary
         self.config, self.embedding = SimpleNamespace(_attn_implementation="sdpa"), nn.Embedding(1, 1)
         self.config.get_text_config = lambda: self.config
+        plants = (torch.ones_like(plant), plant, torch.ones_like(plant))
+        self.layers = nn.ModuleList(PlantedAttention(self.config, i, p) for i, p in enumerate(plants))
 
     def get_input_embeddings(self):
         return self.embedding
 
-    def forward(self, input_ids, past_key_values=None, output_attentions=False, **other):
+    def forward(self, input_ids, past_key_values=None, **other):
         rows, n = input_ids.shape
         cache = DynamicCache() if past_key_values is None else past_key_values
         cache.update(torch.zeros(rows, 1, n, 1), torch.zeros(rows, 1, n, 1), 0)
         follows = torch.where(input_ids == self.word, self.eos, self.word)
         probabilities = torch.full((rows, n, self.vocabulary), 0.2 / (self.vocabulary - 1))
         probabilities.scatter_(2, follows[..., None], 0.8)
-        attentions = None
-        if output_attentions and self.config._attn_implementation == "eager":  # fused kernels return none
-            seen = torch.zeros(cache.get_seq_length())
-            seen[: len(self.plant)] = self.plant
-            heads = torch.stack([1.5 * seen, 0.5 * seen])[None, :, None].expand(rows, -1, n, -1)
-            attentions = (torch.ones_like(heads), heads, torch.ones_like(heads))
-        return SimpleNamespace(logits=probabilities.log(), past_key_values=cache, attentions=attentions)
+        for layer in self.layers:
+            layer(rows, n, cache.get_seq_length())
+        return SimpleNamespace(logits=probabilities.log(), past_key_values=cache)
 
 
 @pytest.fixture
@@ -153,7 +170,7 @@ def planted_run(single, llava_dir, tmp_path, layout: str, plant_of) -> tuple[vir
     encoder = data.Prompts(data.TASKS["rows"], examples, processor, coordinates)
     run = virft.build(cfg, virft.connect(cfg), encoder, {}, trains=False)
     (tmp_path / "images").mkdir()
-    questions = mia_dpo.Questions(encoder, {layout: 1.0}, tmp_path / "images", cfg.cell, 0)
+    questions = collages.Questions(encoder, {layout: 1.0}, tmp_path / "images", cfg.cell, 0)
     _, question, prompt = questions[3]
     ids = prompt.inputs["input_ids"][0]
     places = (ids == processor.image_token_id).nonzero().squeeze(1)
@@ -211,7 +228,7 @@ def test_the_center_is_the_published_16_of_24_tokens(side):
 def test_cells_share_the_whole_map_out_row_by_row(layout, rows, columns):
     cells = mia_dpo.regions(LAYOUTS[layout], rows, columns)
     assert torch.equal(cells.sum(0), torch.ones(rows * columns, dtype=torch.long))
-    down, across = mia_dpo.GRIDS[LAYOUTS[layout].images]
+    down, across = collages.GRIDS[LAYOUTS[layout].images]
     assert cells[0].view(rows, columns)[0, 0] and cells[-1].view(rows, columns)[-1, -1]
     assert cells[across - 1].view(rows, columns)[0, -1] and cells[-across].view(rows, columns)[-1, 0]
     if rows % down == columns % across == 0:
@@ -251,7 +268,7 @@ def test_what_is_looked_at_is_what_one_whole_forward_shows(name):
 def test_a_layer_that_shows_nothing_is_an_error():
     model, inputs = families.model("LLaVA"), batch(prompts("LLaVA"))
     ids, mask = torch.ones(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.bool)
-    with torch.no_grad(), pytest.raises(SystemExit, match="--layer 7: .* has 2 layers"):
+    with torch.no_grad(), pytest.raises(SystemExit, match="--layer 7: .* has 2 layers of attention"):
         mia_dpo.look(model, inputs, ids, mask, 1, 7, NONE)
 
 
@@ -311,13 +328,13 @@ def colored(size, color) -> Image.Image:
     return Image.new("RGB", size, color)
 
 
-@pytest.mark.parametrize("count", mia_dpo.GRIDS)
+@pytest.mark.parametrize("count", collages.GRIDS)
 def test_a_grid_has_its_cells_labels_and_margins(count):
     """448-pixel cells, margins of 40, aspect kept and centered, white between, a label above each cell only."""
-    rows, columns = mia_dpo.GRIDS[count]
+    rows, columns = collages.GRIDS[count]
     colors = [(10 + 20 * i, 100, 200 - 20 * i) for i in range(count)]
     sizes = [(300, 150), (150, 300), (200, 200)] * 3
-    sheet, placed = mia_dpo.grid_collage([colored(s, c) for s, c in zip(sizes, colors)])
+    sheet, placed = collages.grid_collage([colored(s, c) for s, c in zip(sizes, colors)])
     assert sheet.size == (columns * 488 + 40, rows * 488 + 40)
     pixels = np.asarray(sheet)
     rest = np.ones(pixels.shape[:2], dtype=bool)
@@ -340,10 +357,10 @@ def test_a_grid_has_its_cells_labels_and_margins(count):
 
 
 def test_labels_differ_and_count_from_one():
-    sheet, _ = mia_dpo.grid_collage([colored((448, 448), "white")] * 4)
+    sheet, _ = collages.grid_collage([colored((448, 448), "white")] * 4)
     labels = [np.asarray(sheet.crop((x, y, x + 448, y + 40))) for y in (0, 488) for x in (40, 528)]
     assert len({label.tobytes() for label in labels}) == 4
-    same, _ = mia_dpo.grid_collage([colored((448, 448), "white")] * 2)
+    same, _ = collages.grid_collage([colored((448, 448), "white")] * 2)
     assert np.array_equal(np.asarray(same.crop((40, 0, 488, 40))), labels[0]), "Image 1 is Image 1 in every grid"
 
 
@@ -353,7 +370,7 @@ def test_labels_differ_and_count_from_one():
     ((10, 10), (300, 300), (210, 210)),  # a small one grows
 ])  # fmt: skip
 def test_a_picture_in_a_picture_lies_at_the_center(target, background, inside):
-    sheet, box = mia_dpo.picture_in_picture(colored(target, "red"), colored(background, "blue"))
+    sheet, box = collages.picture_in_picture(colored(target, "red"), colored(background, "blue"))
     (w, h), (W, H) = inside, background
     x, y = (W - w) // 2, (H - h) // 2
     assert sheet.size == background and box == (x, y, x + w, y + h)
@@ -367,14 +384,14 @@ def test_boxes_follow_their_image_into_the_collage():
     image = colored((200, 100), "white")
     image.paste("black", (40, 20, 120, 80))
     for sheet, placed in (
-        (lambda s, p: (s, p[2]))(*mia_dpo.grid_collage([colored((9, 9), "white")] * 2 + [image])),
-        mia_dpo.picture_in_picture(image, colored((640, 480), "white")),
+        (lambda s, p: (s, p[2]))(*collages.grid_collage([colored((9, 9), "white")] * 2 + [image])),
+        collages.picture_in_picture(image, colored((640, 480), "white")),
     ):
         x1, y1, x2, y2 = map(int, placed)
         dark = np.asarray(sheet.convert("L"))[y1:y2, x1:x2] < 128
         ys, xs = dark.nonzero()
         found = (x1 + xs.min(), y1 + ys.min(), x1 + xs.max() + 1, y1 + ys.max() + 1)
-        assert found == pytest.approx(mia_dpo.place_box((40, 20, 120, 80), (200, 100), placed), abs=1.5)
+        assert found == pytest.approx(collages.place_box((40, 20, 120, 80), (200, 100), placed), abs=1.5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -382,7 +399,7 @@ def test_boxes_follow_their_image_into_the_collage():
 
 
 def test_prompts_say_which_image_is_meant():
-    ask = mia_dpo.multi_image_prompt
+    ask = collages.multi_image_prompt
     assert (
         ask(LAYOUTS["sequence2"], "In Image 2, ", "What is it?")
         == "Image 1: <image>\nImage 2: <image>\nIn Image 2, what is it?"
@@ -406,7 +423,7 @@ def questions_of(single, tmp_path, mix, seed=0, task="rows", examples=None, coor
     folder.mkdir(exist_ok=True)
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 784, "longest_edge": 10**6})
     encoder = data.Prompts(known, examples, SimpleNamespace(image_processor=images), coordinates, think=False)
-    return mia_dpo.Questions(encoder, mix, folder, 56, seed)
+    return collages.Questions(encoder, mix, folder, 56, seed)
 
 
 def test_seeds_reproduce_questions_byte_for_byte(single, tmp_path):
@@ -442,7 +459,7 @@ def test_the_named_image_is_the_one_the_answer_is_about(single, tmp_path):
                 )
                 continue
             sheet = Image.open(question.example.images[0])
-            row, column = divmod(question.target, mia_dpo.GRIDS[LAYOUTS[layout].images][1])
+            row, column = divmod(question.target, collages.GRIDS[LAYOUTS[layout].images][1])
             x, y = 5 + column * 61, 5 + row * 61
             original = data.open_image(example.images[0]).resize((56, 56), Image.Resampling.BICUBIC)
             assert np.array_equal(np.asarray(sheet.crop((x, y + 3, x + 56, y + 56))), np.asarray(original)[3:])
@@ -468,7 +485,7 @@ def test_boxes_are_asked_for_in_the_coordinates_of_what_is_shown(shapes_dir, tmp
 
 
 def test_the_form_of_the_answer_is_the_one_that_the_question_asks_for(single):
-    ask = mia_dpo.single_image_question
+    ask = collages.single_image_question
     example = Example("x", (), None, "cat", "cat", question="What animal?")
     assert ask(data.TASKS["rows"], example, (100, 100), "relative")[1] == "cat"
     formal = dataclasses.replace(example, question="What animal? <answer>it</answer>")
@@ -671,13 +688,13 @@ def test_a_build_is_not_replaced_by_accident_and_goes_on_after_an_interruption(b
 def test_a_line_that_was_cut_off_is_gone_before_others_follow(tmp_path):
     """Interrupted twice: what the first left unfinished does not stand in the middle of what the second adds."""
     cfg, folder = BuildConfig(out=str(tmp_path / "p.jsonl"), answers=2), tmp_path / "p"
-    assert mia_dpo.open_folder(cfg, folder) == []
+    assert mia_dpo.open_folder(cfg, folder, []) == []
     rows = [{"number": 0, "id": f"a/{i}", "image": [str(tmp_path / "a.png")]} for i in range(2)]
     rows.append({"number": 1, "id": "b/0", "image": []})
     for _ in range(3):
         with (folder / "candidates.0.jsonl").open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows) + '{"number": 2, "id')
-        assert mia_dpo.open_folder(cfg, folder) == rows[:2]
+        assert mia_dpo.open_folder(cfg, folder, []) == rows[:2]
 
 
 def test_a_folder_that_no_build_made_is_not_touched(tmp_path):
@@ -741,7 +758,7 @@ def test_the_logged_numbers_are_those_of_each_answer_alone(built, llava_dir, tmp
     mia_dpo.main(train_command(built, llava_dir, out, "--steps", "1", "--gamma", "0.5"))
     model = virft.load_model(str(llava_dir), torch.float32, torch.device("cpu"))
     processor = AutoProcessor.from_pretrained(llava_dir)
-    examples = {e.id: e for e in mia_dpo.read_pairs(built)}
+    examples = {e.id: e for e in read_pairs(built, processor, 512)[0]}
     encoder = data.Prompts(data.TASKS["rows"], [], processor, "relative")
     _, forbidden = virft.special_tokens(model, processor)
     for row in rows_of(out / "rollouts.jsonl"):
@@ -805,31 +822,88 @@ def test_adapters_train_against_the_model_without_them(built, llava_dir, tmp_pat
     assert weights_of(tmp_path / "lora").keys() == load_file(llava_dir / "model.safetensors").keys(), "merged"
 
 
-@pytest.mark.parametrize("line, said", [
-    ("{", "not JSON"), ('{"id": "x"}', "a pair has id, image, prompt, chosen, rejected"), ('[1, 2]', "a pair has"),
-    ('{"id": "x", "image": ["a.png"], "prompt": "<image>", "chosen": "a", "rejected": ""}', "none of them empty"),
-    ('{"id": "x", "image": ["a.png"], "prompt": "<image>", "chosen": "a", "rejected": "b"}', "a.png: no such image"),
-])  # fmt: skip
-def test_bad_pairs_are_named(line, said, tmp_path):
-    (tmp_path / "pairs.jsonl").write_text(line + "\n")
-    with pytest.raises(DataError, match="line 1") as error:
-        mia_dpo.read_pairs(tmp_path / "pairs.jsonl")
+# What a reader of pairs needs of a processor: the mark of an image, and how many tokens a text has.
+READER = SimpleNamespace(image_token="<img_pad>", tokenizer=lambda text: {"input_ids": text.split()})
+
+
+def write_pairs(folder, *rows) -> Path:
+    """Pairs of one picture, which is there; what a row does not say is usual."""
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    usual = {"id": "x", "image": ["a.png"], "prompt": "<image>what?", "chosen": "a dog", "rejected": "a cat"}
+    lines = [row if isinstance(row, str) else json.dumps(usual | row) for row in rows]
+    (folder / "pairs.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder / "pairs.jsonl"
+
+
+WRONG_PAIRS = [
+    ("{", "not JSON"),
+    ('{"id": "x"}', "chosen and rejected expected"),
+    ("[1, 2]", "chosen and rejected expected"),
+    ({"chosen": 3}, "chosen and rejected expected"),
+    ({"image": ["gone.png"]}, "gone.png: no such image"),
+    ({"image": {"bytes": "aGk="}}, "an image is the name of a file"),
+    ({"image": [["a.png"]]}, "an image is the name of a file"),
+    ({"image": 3}, "an image is the name of a file"),
+    ({"image": []}, "one of image, image_path and images expected, found none"),
+    ({"prompt": "<image> and <image>: what?"}, "marks 2 images"),
+    ({"rejected": "the <image> shows a cat"}, "holds <image>, which stands for an image: take it out"),
+    ({"rejected": "the <img_pad> shows a cat"}, "holds <img_pad>, which stands for an image"),
+    ({"chosen": "<image-placeholder> is a dog"}, "holds <image-placeholder>"),
+    ({"rejected": "word " * 1200}, "an answer has 1200 tokens; half of the model's positions are 512"),
+    ({"prompt": ""}, "0 questions"),
+    ({"prompt": [{"role": "user", "content": "one?"}, {"role": "user", "content": "two?"}]}, "2 questions"),
+    ({"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]}, "holds <image>"),
+]
+
+
+@pytest.mark.parametrize("row, said", WRONG_PAIRS)
+def test_bad_pairs_are_named_and_left_out_where_that_is_asked_for(row, said, tmp_path):
+    file = write_pairs(tmp_path, {}, row)
+    with pytest.raises(DataError, match="line 2") as error:
+        read_pairs(file, READER, 512)
     assert said in str(error.value)
+    if row != "{" and row != {"image": ["gone.png"]}:  # training meets a lost image, and replaces it
+        (example,), (note,) = read_pairs(file, READER, 512, skip_bad=True)
+        assert example.id == "x" and "1 pairs skipped; first: " in note and said in note
 
 
-def test_pairs_may_count_from_zero_and_lose_an_image_where_that_is_allowed(tmp_path):
-    row = {"id": 0, "image": "gone.png", "prompt": "what?", "chosen": "a", "rejected": "b"}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    (example,) = mia_dpo.read_pairs(tmp_path / "pairs.jsonl", skip_bad_images=True)
-    assert example.id == "0" and example.solution == ("a", "b")
-    with pytest.raises(DataError, match="no such image"):
-        mia_dpo.read_pairs(tmp_path / "pairs.jsonl")
+USER, ANSWER = {"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a dog"}
 
 
-def test_an_empty_file_of_pairs_says_why(tmp_path):
+@pytest.mark.parametrize("row, question", [
+    ({}, "<image>what?"),
+    ({"image": "a.png", "prompt": "what?"}, "what?"),
+    ({"image": "a.png", "prompt": None, "question": "what?"}, "what?"),
+    ({"prompt": "<image-placeholder>\nwhat?"}, "<image>\nwhat?"),  # as published
+    ({"prompt": [USER], "chosen": [ANSWER]}, "<image>what?"),
+    ({"prompt": [{"from": "human", "value": "<image>what?"}]}, "<image>what?"),
+    ({"prompt": None, "chosen": [USER, ANSWER], "rejected": [USER, ANSWER | {"content": "a cat"}]}, "<image>what?"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}],
+      "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "a dog"}]}]}, "<image>\nwhat?"),
+])  # fmt: skip
+def test_pairs_are_read_in_the_forms_that_are_published(row, question, tmp_path):
+    (example,), notes = read_pairs(write_pairs(tmp_path, row), READER, 512)
+    assert (example.question, example.solution) == (question, ("a dog", "a cat")) and notes == []
+    assert example.images == (tmp_path / "a.png",) and example.id == "x"
+
+
+def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path):
+    """The same answer twice but for case and marks, or an empty one."""
+    same = [{"rejected": "a dog"}, {"rejected": "A dog."}, {"rejected": " "}, {"chosen": "!"}, {"rejected": ""}]
+    examples, (note,) = read_pairs(write_pairs(tmp_path, *same, {"id": 0}), READER, 512)
+    assert [e.id for e in examples] == ["0"] and "5 pairs left out, whose answers are the same or one is empty" in note
+
+
+@pytest.mark.parametrize("name", ["", "pairs.parquet"])
+def test_pairs_are_a_file(name, tmp_path):
+    with pytest.raises(DataError, match="must be a file of pairs, .jsonl, .json or .csv"):
+        read_pairs(tmp_path / name, READER, 512)
+
+
+def test_an_empty_file_of_pairs_says_why(llava_dir, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("")
     with pytest.raises(SystemExit, match="no pairs; the table of `build` says"):
-        mia_dpo.main(["train", "--pairs", str(tmp_path / "pairs.jsonl")])
+        mia_dpo.main(["train", "--pairs", str(tmp_path / "pairs.jsonl"), "--model", str(llava_dir)])
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -1,0 +1,205 @@
+"""Put a question's image among others and say which is meant: items 1 and 2 of mia_dpo.py.
+
+Example i of a dataset becomes a question about one of several images: a sequence of images, a grid (one image of
+several, each labelled), or a picture in a picture.
+"""
+
+import io
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import Dataset
+
+import data
+from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task
+from rewards import Box
+
+
+class Layout(NamedTuple):
+    """Describe how an image is put among others."""
+
+    kind: str  # sequence, grid or pip
+    images: int
+    limit: float  # highest share of attention to the target at which a wrong answer is still a candidate
+
+
+LAYOUTS = {
+    **{f"sequence{n}": Layout("sequence", n, limit) for n, limit in ((2, 0.8), (3, 0.7), (4, 0.6), (5, 0.6))},
+    **{f"grid{n}": Layout("grid", n, limit) for n, limit in ((2, 0.7), (3, 0.6), (4, 0.5), (6, 0.4), (9, 0.3))},
+    "pip": Layout("pip", 2, 0.8),
+}
+
+GRIDS = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}  # images -> rows, columns
+CENTER = (1 / 6, 1 / 6, 5 / 6, 5 / 6)  # the published 16 x 16 of 24 x 24 tokens, in fractions of width and height
+NOISE = {"grid": 225.0, "pip": 49.0}  # of the released code: standard deviation in gray levels; none on sequences
+PIP_SHARE = 0.7  # largest fraction of the background's width and height that the picture in it takes
+PIP_PHRASES = (
+    "In the picture at the center, ", "In the small picture in the middle, ",
+    "In the picture that lies on the other one, ", "Looking only at the inner picture, ",
+    "In the inset at the center of the image, ",
+)  # fmt: skip
+
+
+def paste(sheet: Image.Image, image: Image.Image, most: tuple[int, int], area: tuple[int, int, int, int]) -> Box:
+    """Paste an image, scaled to fit `most` (width, height), at the center of `area` (xyxy); return its box."""
+    small = ImageOps.contain(image, most, Image.Resampling.BICUBIC)
+    x, y = area[0] + (area[2] - area[0] - small.width) // 2, area[1] + (area[3] - area[1] - small.height) // 2
+    sheet.paste(small, (x, y))
+    return float(x), float(y), float(x + small.width), float(y + small.height)
+
+
+def grid_collage(images: Sequence[Image.Image], cell: int = 448) -> tuple[Image.Image, list[Box]]:
+    """Paste images into the cells of a white grid, "Image i" above each; return the collage and the box of each image.
+
+    Aspect ratios are kept. A margin of 40 pixels at cell 448 surrounds every cell and holds its label.
+    """
+    (rows, columns), margin = GRIDS[len(images)], round(cell * 40 / 448)
+    pitch = cell + margin
+    sheet, placed = Image.new("RGB", (columns * pitch + margin, rows * pitch + margin), "white"), []
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(1.0, 0.7 * margin))
+    for i, image in enumerate(images):
+        left, top = margin + i % columns * pitch, margin + i // columns * pitch
+        placed.append(paste(sheet, image, (cell, cell), (left, top, left + cell, top + cell)))
+        draw.text((left + cell // 2, top - margin // 2), f"Image {i + 1}", "black", font, anchor="mm")
+    return sheet, placed
+
+
+def picture_in_picture(target: Image.Image, background: Image.Image) -> tuple[Image.Image, Box]:
+    """Paste the target at the background's center, as large as PIP_SHARE allows; return the picture and its box."""
+    sheet, (width, height) = background.copy(), background.size
+    most = max(1, int(PIP_SHARE * width)), max(1, int(PIP_SHARE * height))
+    return sheet, paste(sheet, target, most, (0, 0, width, height))
+
+
+def noisy(file: Path, deviation: float, seed: int) -> io.BytesIO:
+    """Return an image as a file with Gaussian noise on every pixel, cut off at 0 and 255: an ImageSource once bound."""
+    pixels, changed = np.asarray(data.open_image(file), float), io.BytesIO()
+    pixels += np.random.default_rng(seed).normal(0, deviation, pixels.shape)
+    Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(changed, "png")
+    changed.seek(0)
+    return changed
+
+
+def place_box(box: Box, size: tuple[int, int], placed: Box) -> Box:
+    """Map a box in an image of `size` (width, height) to the collage in which the image fills the box `placed`."""
+    x, y = (placed[2] - placed[0]) / size[0], (placed[3] - placed[1]) / size[1]
+    return (placed[0] + box[0] * x, placed[1] + box[1] * y, placed[0] + box[2] * x, placed[1] + box[3] * y)
+
+
+def multi_image_prompt(layout: Layout, words: str, question: str) -> str:
+    """Return the question with one IMAGE_MARK per image that the model gets; `words` say which image is meant."""
+    labels = [f"Image {i + 1}: " for i in range(layout.images)] if layout.kind == "sequence" else [""]
+    marks = "".join(f"{label}{IMAGE_MARK}\n" for label in labels)
+    question = question.replace(IMAGE_MARK, "").strip()
+    return marks + words + question[:1].lower() + question[1:]
+
+
+def part_boxes(layout: Layout) -> list[Box] | None:
+    """Return a grid's cells or a pip's center as boxes in fractions of the collage; None for a sequence."""
+    if layout.kind != "grid":
+        return [CENTER] if layout.kind == "pip" else None
+    rows, columns = GRIDS[layout.images]
+    return [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r in range(rows) for c in range(columns)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Questions.
+
+
+def single_image_question(task: Task, example: Example, seen: tuple[int, int], coordinates: str) -> tuple[str, str]:
+    """Return an example's question and right answer as text; seen: (width, height) of the picture the model gets."""
+    question, target = task.question(example, seen, coordinates, think=False)
+    if "<answer>" in question:  # then the answer has the tags that the question asks for
+        return question, data.model_answer(task, example, target, think="<think>" in question)
+    return question, task.answer(data.model_solution(example, target))
+
+
+class Question(NamedTuple):
+    """Hold a question about one of several images; `example.solution` is the right answer as text."""
+
+    example: Example
+    layout: str
+    target: int  # index of the image that is meant, or of its part of the collage
+
+
+@dataclass(eq=False)
+class Questions(Dataset):
+    """Compose and encode one question per example, in a loader's workers; a DataError if an image does not open."""
+
+    prompts: Prompts
+    mix: dict[str, float]
+    folder: Path  # for the collages
+    cell: int
+    seed: int
+    noise: bool = False  # show the model collages with NOISE; the files stay clean
+
+    def __len__(self) -> int:
+        return len(self.prompts.examples)
+
+    def __getitem__(self, i: int) -> tuple[int, Question, Prompt] | tuple[int, DataError, None]:
+        try:
+            question = self.compose(i)
+            example, deviation = question.example, NOISE.get(LAYOUTS[question.layout].kind)
+            if self.noise and deviation:
+                example = replace(example, images=(partial(noisy, example.images[0], deviation, self.seed + i),))
+            return i, question, replace(self.prompts, task=TASKS["rows"]).encode(example)
+        except DataError as error:
+            return i, error, None
+
+    def compose(self, i: int) -> Question:
+        """Put example i among others and write a collage to `folder`; the seed decides every choice."""
+        examples, rng = self.prompts.examples, random.Random(f"{self.seed}/{i}")
+        (name,) = rng.choices(list(self.mix), list(self.mix.values()))
+        layout, example = LAYOUTS[name], examples[i]
+        shown = [other.images[0] for other in self.companions(example, layout.images - 1, rng)]
+        target = 0 if layout.kind == "pip" else rng.randrange(layout.images)
+        shown.insert(target, example.images[0])
+        picture = data.open_image(example.images[0], example.size)  # checks the size that its boxes refer to
+        size = frame = picture.size
+        placed = (0.0, 0.0, *map(float, size))
+        if layout.kind == "sequence":
+            files = [
+                source if isinstance(source, Path) else self.write(data.open_image(source), f"{i}_{k}")
+                for k, source in enumerate(shown)
+            ]
+        else:
+            pictures = [picture if k == target else data.open_image(source) for k, source in enumerate(shown)]
+            if layout.kind == "grid":
+                sheet, places = grid_collage(pictures, self.cell)
+                placed = places[target]
+            else:
+                sheet, placed = picture_in_picture(*pictures)
+            files, frame = [self.write(sheet, str(i))], sheet.size
+        task, coordinates = self.prompts.task, self.prompts.coordinates
+        if task.boxes:
+            boxes = data.map_boxes(example.solution, lambda box: place_box(box, size, placed))
+            example = replace(example, solution=boxes, size=frame)
+        asked, answer = single_image_question(task, example, self.prompts.frame(frame), coordinates)
+        words = rng.choice(PIP_PHRASES) if layout.kind == "pip" else f"In Image {target + 1}, "
+        prompt = multi_image_prompt(layout, words, asked)
+        composed = Example(f"{name}/{i}", tuple(files), None, answer, example.category, question=prompt)
+        return Question(composed, name, target)
+
+    def companions(self, example: Example, count: int, rng: random.Random) -> list[Example]:
+        """Draw `count` examples of different images, none of them the example's own."""
+        found = {repr(example.images[0]): example}
+        for _ in range(100 * count):
+            other = rng.choice(self.prompts.examples)
+            found.setdefault(repr(other.images[0]), other)
+            if len(found) > count:
+                return list(found.values())[1:]
+        raise DataError(f"example {example.id}: there are not {count} other images to put it among")
+
+    def write(self, image: Image.Image, name: str) -> Path:
+        path = self.folder / f"{name}.png"
+        aside = path.with_name(f"{name}.{os.getpid()}.unfinished")
+        image.save(aside, "png")
+        aside.replace(path)
+        return path
