@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast, processing_utils
 
 import data
 import families
+import mia_dpo
 import virft
 from conftest import ROOT, spread
 from extras import processors
@@ -292,6 +293,31 @@ def test_a_family_trains_and_answers_by_its_own_processor(built, tmp_path, signa
     virft.main([*small.split(), "--out", str(tmp_path / "eval"), "--eval_only", "true"])
     answers = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     assert len(answers) == 4
+
+
+@pytest.mark.parametrize("built, layouts", [
+    ("llava", ["sequence2", "grid4", "pip"]), ("qwen2_vl", ["sequence2", "grid4", "pip"]),
+    ("internvl", ["sequence2"]), ("smolvlm", ["sequence2"]),  # these cut a collage into tiles
+], indirect=["built"])  # fmt: skip
+def test_a_family_builds_pairs_and_trains_on_them(built, layouts, tmp_path, signals):
+    _, model = built
+    write_rows(tmp_path)
+    asked = [{"image": f"{i}.png", "problem": "w1 w2", "solution": f"w{i + 3}"} for i in range(4)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    shown = f"--model {model} --max_pixels 50176 --workers 0"
+    for layout in layouts:
+        flags = f"--task rows --data {tmp_path / 'asked.jsonl'} --layouts {layout} --max_completion_tokens 4 --batch 2"
+        mia_dpo.main(["build", *f"{shown} {flags} --cell 112 --out {tmp_path / layout}.jsonl".split()])
+        candidates = [json.loads(row) for row in (tmp_path / layout / "candidates.jsonl").read_text().splitlines()]
+        assert len(candidates) == 4 and all(0 < c["ratio"] < 1 for c in candidates)
+        assert all(sum(c["shares"]) == pytest.approx(1, abs=1e-3) for c in candidates)
+    # Answers of random weights never end, so none becomes a pair: the second answer of each question is made up.
+    made = [c | {"image": [f"{layouts[-1]}/{i}" for i in c["image"]], "rejected": "w9 w8"} for c in candidates]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in made))
+    flags = f"--pairs {tmp_path / 'pairs.jsonl'} --steps 2 --prompts_per_step 2 --lr 1e-3 --out {tmp_path / 'dpo'}"
+    mia_dpo.main(["train", *f"{shown} {flags}".split()])
+    first, last = (json.loads(row) for row in (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines())
+    assert first["margin"] == pytest.approx(0, abs=1e-4) and first["grad_norm"] > 0 and last["step"] == 2
 
 
 @pytest.mark.slow
