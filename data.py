@@ -669,7 +669,7 @@ TASKS = {
                        partial(class_prompt, "kind of thing", "main object")),
         Task("lisa", partial(extra_reader, "--task lisa", "reasonseg", "read_lisa"), grounding_prompt, parse_grounding,
               grounding_answer, boxes=True, rewards={"giou": 1.0, "format": 1.0},
-             metric="grounding", asks_for="an instruction"),
+             metric="grounding", asks_for="an instruction", caveat="IoUs of boxes; LISA's published ones are of masks"),
         # Your own rows with your own rewards: problem and solution are used unchanged.
         classification("rows", None, None, metric="rewards", asks_for="a question"),
     )

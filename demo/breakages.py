@@ -2,7 +2,7 @@
 
     bash run.sh breakages                            # or: python demo/breakages.py --out runs/demo --seeds 0 1
 
-A breakage is one edited line in a copy of virft.py, or one flag, as listed in docs/lesson.md. Every copy is trained
+A breakage is one edited line in a copy of virft.py, or one flag, as listed in docs/lesson.ipynb. Every copy is trained
 like the demo. OUT/breakages.png compares the IoU reward of each with the unbroken run, OUT/curves.png shows the
 unbroken runs, and OUT/breakages/NAME/SEED holds the complete runs. Finished runs are kept as long as the code and the
 flags stay the same, so an interrupted command can be repeated.

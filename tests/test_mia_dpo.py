@@ -33,6 +33,7 @@ from extras.collages import LAYOUTS, Question
 from extras.readers.captions import read_captions
 from extras.readers.pairs import read_pairs
 from mia_dpo import BuildConfig
+from rewards import reward_weights
 from families import batch, prompts
 from test_scale import launch
 
@@ -695,6 +696,81 @@ def test_a_line_that_was_cut_off_is_gone_before_others_follow(tmp_path):
         with (folder / "candidates.0.jsonl").open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows) + '{"number": 2, "id')
         assert mia_dpo.open_folder(cfg, folder, []) == rows[:2]
+
+
+def test_answers_to_questions_that_have_changed_are_not_continued(tmp_path):
+    """A truth of rows.jsonl was corrected between two parts of a build."""
+    cfg, folder = BuildConfig(out=str(tmp_path / "p.jsonl")), tmp_path / "p"
+    examples = [Example(f"{i}", (tmp_path / f"{i}.png",), None, "a dog", "", question="what?") for i in range(2)]
+    mia_dpo.open_folder(cfg, folder, examples)
+    mia_dpo.open_folder(cfg, folder, examples)
+    for changed in ({"solution": "a cat"}, {"question": "who?"}, {"images": (tmp_path / "2.png",)}):
+        with pytest.raises(DataError, match="answers are to other questions, the data changed; another --out"):
+            mia_dpo.open_folder(cfg, folder, [examples[0], dataclasses.replace(examples[1], **changed)])
+
+
+# ------------------------------------------------------------------------------------------------
+# --published.
+
+
+def test_the_published_mix_is_that_of_the_questions():
+    """31, 45 and 24 percent are about sequences, grids and pictures in pictures."""
+    mix = reward_weights(mia_dpo.PUBLISHED_MIX)
+    shares = dict.fromkeys(("sequence", "grid", "pip"), 0.0)
+    for name, weight in mix.items():
+        shares[LAYOUTS[name].kind] += 100 * weight / sum(mix.values())
+    assert {kind: round(share) for kind, share in shares.items()} == {"sequence": 31, "grid": 45, "pip": 24}
+
+
+def test_one_flag_sets_what_the_released_code_does(built, llava_dir, tmp_path):
+    cfg = mia_dpo.parse_build(["--data", "x", "--published", "true", "--out", str(tmp_path / "p.jsonl")])
+    assert (cfg.max_completion_tokens, cfg.min_edit_distance, cfg.max_length_ratio) == (512, 0, math.inf)
+    with pytest.raises(SystemExit, match="--max_completion_tokens 64: must be 512 with --published"):
+        mia_dpo.parse_build("--data x --published true --max_completion_tokens 64 --out p.jsonl".split())
+    pytest.importorskip("peft")
+    command = train_command(built, llava_dir, tmp_path / "dpo", "--published", "true", "--steps", "10")
+    for flag in ("--lr", "--prompts_per_step"):
+        del command[(at := command.index(flag)) : at + 2]
+    mia_dpo.main(command)
+    told = json.loads((tmp_path / "dpo" / "config.json").read_text())
+    assert (told["lora_rank"], told["lr"], told["gamma"], told["prompts_per_step"]) == (128, 5e-5, 0.0, 64)
+    # Linear warm-up over a tenth of the steps, then decay.
+    rates = [row["lr"] for row in rows_of(tmp_path / "dpo" / "metrics.jsonl")]
+    assert told["warmup_steps"] == 1 and rates[0] < rates[1] > rates[2] > rates[-1]
+
+
+def test_published_answers_are_greedy_to_noisy_collages(single, llava_dir, tmp_path, monkeypatch):
+    """The files stay clean, the same noise comes again, and a sequence has none."""
+    given = []
+    monkeypatch.setattr(mia_dpo, "sample", lambda *args, **more: given.append(args[3]) or virft.sample(*args, **more))
+    command = build_command(single, llava_dir, tmp_path / "p.jsonl", "--layouts", "grid4=1", "sequence2=1", "pip=1")
+    del command[(at := command.index("--max_completion_tokens")) : at + 2]
+    monkeypatch.setitem(mia_dpo.PUBLISHED_BUILD, "max_completion_tokens", 6)
+    mia_dpo.main(["build", *command, "--published", "true"])
+    assert given and all(noise is None for noise in given)
+    cfg = mia_dpo.parse_build([*command, "--out", str(tmp_path / "q.jsonl")])
+    processor, coordinates, _ = virft.load_processor(cfg, "auto")
+    examples, _ = data.load_examples(data.TASKS["rows"], str(single), "train")
+    encoder = data.Prompts(data.TASKS["rows"], examples, processor, coordinates)
+    (tmp_path / "images").mkdir()
+    shown = ({"grid4": 1.0, "sequence2": 1.0, "pip": 1.0}, tmp_path / "images", 56, 0)
+    clean, noisy, again = (collages.Questions(encoder, *shown, noise=noise) for noise in (False, True, True))
+    spread = {}
+    for i in range(len(examples)):
+        (_, question, a), (_, _, b), (_, _, c) = clean[i], noisy[i], again[i]
+        a, b, c = (prompt.inputs["pixel_values"] for prompt in (a, b, c))
+        assert torch.equal(b, c)
+        spread[LAYOUTS[question.layout].kind] = float((a - b).abs().mean())
+    assert spread["sequence"] == 0 and spread["grid"] > spread["pip"] > 0.05
+
+
+def test_long_truths_are_dropped_as_published(tmp_path):
+    cfg = BuildConfig(published=True)
+    long = {"number": 0, "rejected": "a cat", "chosen": "a dog " * 86, "perplexity": 2.0, "truncated": False,
+            "layout": "sequence2", "ratio": 0.1}  # fmt: skip
+    limits = mia_dpo.limits_of(cfg)
+    assert mia_dpo.flaw(long, cfg, limits) == "long truth"
+    assert mia_dpo.flaw(long | {"chosen": "a dog"}, cfg, limits) is None
 
 
 def test_a_folder_that_no_build_made_is_not_touched(tmp_path):

@@ -23,6 +23,10 @@ from rewards import REWARDS
 from test_tasks import name_as
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+LESSON = ROOT / "docs" / "lesson.ipynb"
+PAGES[LESSON] = "\n\n".join(
+    "".join(cell["source"]) for cell in json.loads(LESSON.read_text())["cells"] if cell["cell_type"] == "markdown"
+)
 README, ALL = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 # Lines of code blocks, indented or fenced, and code within a line, where they are commands.
 COMMAND = (
@@ -228,17 +232,18 @@ def test_the_adapter_to_verl(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Teach it.
+# The lesson and the drawing of a step.
 
 
-def test_the_lesson_on_paper_is_right(tmp_path):
-    """The session of the second part, line by line."""
-    import doctest
-
-    session = fenced("pycon", ">>>")
-    test = doctest.DocTestParser().get_doctest(session, {}, "docs/lesson.md", None, 0)
-    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-    assert doctest.DocTestRunner(optionflags=flags, verbose=False).run(test).failed == 0
+def test_the_drawing_of_a_step_has_the_codes_names():
+    drawing = (ROOT / "docs" / "step.svg").read_text()
+    names = re.findall(r'class="code">(\w+)<', drawing)
+    assert {"prefill", "fork", "sample", "judged", "branch", "grpo_loss", "two_stage_backward", "update"} <= set(names)
+    assert all(hasattr(virft, name) for name in [*names, *re.findall(r'class="shape">(group_\w+)', drawing)])
+    # The numbers beside the bars are the advantages of the rewards.
+    shown = [float(a.replace("−", "-")) for a in re.findall(r">([+−]\d\.\d\d)<", drawing)]
+    rewards = torch.tensor([[float(r) for r in re.findall(r">(\d\.\d\d)<", drawing)]])
+    assert shown == pytest.approx(virft.group_advantages(rewards).flatten().tolist(), abs=0.005)
 
 
 @pytest.mark.parametrize("name", breakages.BREAKAGES)
@@ -252,7 +257,7 @@ def test_a_breakage_is_the_one_that_the_lesson_tells(name, tmp_path):
     )
     compile(copy, name, "exec")
     if broken.against:
-        (row,) = re.findall(rf"^\| {name} \|.*$", PAGES[ROOT / "docs" / "lesson.md"], re.M)
+        (row,) = re.findall(rf"^\| {name} \|.*$", PAGES[LESSON], re.M)
         assert broken.new in row and all(f"--{flag} {value}" in row for flag, value in broken.flags.items())
 
 

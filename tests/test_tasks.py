@@ -445,6 +445,18 @@ def test_lisa_errors(tmp_path, change, message):
     assert examples == [] and "1 images skipped" in notes[0]
 
 
+def test_the_folder_of_one_lisa_split_is_evaluated(tmp_path):
+    """DIR has val and test: --eval_data DIR/test reads test, and trains on nothing."""
+    for split in ("val", "test"):
+        picture(tmp_path / split / f"{split}.jpg")
+        table = {"text": [split], "shapes": [{"label": "target", "points": [[10, 5], [30, 8], [20, 25]]}]}
+        (tmp_path / split / f"{split}.json").write_text(json.dumps(table))
+    asked = [TASKS["lisa"].read(str(folder), "val", Choice())[0][0].category for folder in (tmp_path, tmp_path / "test")]
+    assert asked == ["val", "test"]
+    with pytest.raises(DataError, match="no split train"):
+        TASKS["lisa"].read(str(tmp_path / "test"), "train", Choice())
+
+
 def test_lisa_files(tmp_path):
     with pytest.raises(DataError, match=r"(?s)no split train\. A ReasonSeg folder looks like this"):
         read("lisa", tmp_path)

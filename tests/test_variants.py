@@ -215,14 +215,15 @@ def test_without_flat_groups_nothing_changes(make_run):
 
 
 # ------------------------------------------------------------------------------------------------
-# The exercise of docs/lesson.md: GSPO and CISPO as entries of RATIOS, against loops over numbers.
+# The exercise of docs/lesson.ipynb: GSPO and CISPO as entries of RATIOS, against loops over numbers.
 
 
 def solved() -> dict:
-    (code,) = re.findall(r"```python\n(def gspo.*?)```", (ROOT / "docs" / "lesson.md").read_text(), re.DOTALL)
-    names = {"torch": torch, "RATIOS": dict(virft.RATIOS)}
+    cells = json.loads((ROOT / "docs" / "lesson.ipynb").read_text())["cells"]
+    (code,) = (code for cell in cells if (code := "".join(cell["source"])).startswith("def gspo"))
+    names = {"torch": torch, "virft": SimpleNamespace(RATIOS=dict(virft.RATIOS))}
     exec(code, names)
-    return names["RATIOS"]
+    return names["virft"].RATIOS
 
 
 def numbers():

@@ -22,7 +22,7 @@ from rewards import Box
 LISA_LAYOUT = """A ReasonSeg folder looks like this:
   DIR/train/NAME.jpg
   DIR/train/NAME.json   {"text": ["..."], "shapes": [{"label": "target", "points": [[x, y], ...]}]}
-  DIR/val/ (or test/)   the same, for evaluation"""
+  DIR/val/ (or test/)   the same, for evaluation; where both are there, --eval_data DIR/test reads test"""
 
 
 def read_lisa(data: str, split: str, choice: Choice) -> Found:
@@ -31,7 +31,9 @@ def read_lisa(data: str, split: str, choice: Choice) -> Found:
     Other shapes (`ignore`, `flag`) do not count, as in LISA's own reader.
     """
     refuse(choice, "instructions have no categories", "categories", "shots", "negatives", "eval_categories")
-    folder = Path(data) / pick_split(data, split, names_in(Path(data)), LISA_LAYOUT)
+    folder = Path(data)
+    if split == "train" or not any(folder.glob("*.json")):  # --eval_data may name the folder of one split
+        folder /= pick_split(data, split, names_in(folder), LISA_LAYOUT)
     files = sorted(folder.glob("*.json"))
     if not files:
         raise DataError(f"{folder}: no .json files. {LISA_LAYOUT}")
