@@ -12,7 +12,7 @@ answer that the model gave while it looked at another image becomes the answer t
   5. margin     beta (log pi_theta / pi_ref (chosen | q) - log pi_theta / pi_ref (rejected | q))
   6. loss       -log sigmoid(margin) + gamma * cross-entropy of chosen
 
-`build` does items 1 to 4, `train` items 5 and 6:
+`build` does items 1 to 4 (item 1 in extras/collages.py), `train` items 5 and 6:
 
     accelerate launch mia_dpo.py build --task rows --data rows.jsonl --model NAME --out pairs.jsonl
     accelerate launch mia_dpo.py train --pairs pairs.jsonl --model NAME --out runs/mia_dpo
@@ -25,10 +25,18 @@ What differs from the paper and its released code, and why:
 
   - Attention is read where the answer's tokens are chosen: at the positions that predict them, from the prompt's last
     token on. The answer's last token predicts nothing, so its attention is not read.
-  - We add no noise to the target image before sampling. The paper has no such step; the released code does.
-  - The paper filters by length ratio and edit distance but states no limits. Ours are flags of BuildConfig.
   - An attention share equal to the limit counts as low in every layout; the released code uses < for collages.
-  - By default all weights train at lr 5e-6; the released script uses --lora_rank 128 --lr 5e-5 --gamma 0 --epochs 1.
+  - A right answer may be spelled otherwise than the known one (rewards.normalize_name); the released code compares
+    strings.
+
+And by default, each as in the released code with --published true:
+
+  - Answers are sampled, so that a question can have several, and end within 128 tokens: longer ones are seldom wrong
+    for one reason. We add no noise to collages before sampling; the paper has no such step.
+  - The paper filters by length ratio and edit distance but states no limits. Ours are flags of BuildConfig; the
+    released code has none.
+  - All weights train at lr 5e-6, for 3 epochs of 16 pairs a step with gamma 0.1 as in the paper. The released script
+    trains adapters of rank 128 at lr 5e-5 for 1 epoch of 64 pairs a step, a tenth of them warm-up, with gamma 0.
 """
 
 import functools
@@ -47,7 +55,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -55,7 +62,7 @@ from tqdm import tqdm
 import data
 from data import TASKS, DataError, Example, Prompt, Prompts, Task
 from extras.adapters import language_model
-from extras.collages import LAYOUTS, Layout, Question, Questions, part_boxes
+from extras.collages import LAYOUTS, Question, Questions, image_parts, image_token, part_boxes
 from extras.draw import draw_pair
 from extras.evaluate import append_own, join_parts, read_parts, write_rows
 from extras.readers.pairs import read_pairs
@@ -166,15 +173,6 @@ class TrainConfig:
 
 
 # 3. Attention ------------------------------------------------------------------------------------
-
-
-def regions(layout: Layout, rows: int, columns: int) -> Tensor:
-    """Assign the rows x columns tokens of a collage to its parts by the tokens' centers; return bool [K, T]."""
-    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
-    parts = [(x1 <= x) & (x < x2) & (y1 <= y) & (y < y2) for x1, y1, x2, y2 in part_boxes(layout)]
-    if layout.kind == "pip":
-        parts.append(~parts[0])  # what surrounds the center; a grid's cells, with margins, leave nothing over
-    return torch.stack(parts).flatten(1)
 
 
 def attention_shares(attention: Tensor, parts: Tensor, mean: bool) -> Tensor:
@@ -363,53 +361,6 @@ def dpo_update(run: Run, pairs: Pairs) -> Averages:
 
 READ_CAPTIONS = functools.partial(data.extra_reader, "--task captions", "captions", "read_captions")
 CAPTIONS = replace(TASKS["rows"], name="captions", read=READ_CAPTIONS)
-
-
-def image_parts(prompts: Prompts, question: Question, prompt: Prompt, tokens: int) -> tuple[Tensor, bool]:
-    """Assign a prompt's image tokens to the parts, bool [K, T]; also return whether to compare means per token."""
-    layout = LAYOUTS[question.layout]
-    if layout.kind != "sequence":
-        return regions(layout, *token_grid(prompts.processor, prompt.inputs, tokens)), False
-    sizes = [data.image_size(image) for image in question.example.images]
-    counts = [tokens // len(sizes)] * len(sizes)
-    if len(set(sizes)) > 1:
-        counts = [image_tokens(prompts, size, len(sizes)) for size in sizes]
-    if sum(counts) != tokens:
-        kind = type(prompts.processor).__name__
-        raise SystemExit(f"{kind}: {tokens} image tokens are not {counts} by image: attention cannot be told apart")
-    return torch.eye(len(sizes), dtype=torch.bool).repeat_interleave(torch.tensor(counts), 1), True
-
-
-@functools.lru_cache(maxsize=4096)
-def image_tokens(prompts: Prompts, size: tuple[int, int], images: int) -> int:
-    """Count the tokens of one image of this size in a prompt with so many images, by running the processor on them."""
-    content = [{"type": "image"}] * images
-    text = prompts.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-    found = prompts.processor(text=[text], images=[Image.new("RGB", size)] * images, return_tensors="pt")
-    return int((found["input_ids"] == image_token(prompts.processor)).sum()) // images
-
-
-def image_token(processor: Any) -> int:
-    token = getattr(processor, "image_token_id", None)
-    if token is None:
-        raise SystemExit(f"{type(processor).__name__} has no image token: its prompts hold no images to look at")
-    return token
-
-
-def token_grid(processor: Any, inputs: dict[str, Tensor], tokens: int) -> tuple[int, int]:
-    """Return (rows, columns) of the only image's tokens. Raises SystemExit if they form no grid (tiles, thumbnails)."""
-    if "image_grid_thw" in inputs:
-        _, rows, columns = inputs["image_grid_thw"][0].tolist()
-        merge = math.isqrt(rows * columns // tokens)
-        return rows // merge, columns // merge
-    pixels = inputs["pixel_values"]
-    if pixels.dim() == 4 and len(pixels) == 1:
-        height, width = pixels.shape[2:]
-        rows = round(math.sqrt(tokens * height / width))
-        if tokens % rows == 0 and abs(tokens // rows * height - rows * width) < max(height, width):
-            return rows, tokens // rows
-    kind = type(processor).__name__
-    raise SystemExit(f"{kind} cuts images into tiles, which are no map of the image: --layouts without grids and pip")
 
 
 @torch.no_grad()

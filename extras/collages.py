@@ -4,17 +4,20 @@ Example i of a dataset becomes a question about one of several images: a sequenc
 several, each labelled), or a picture in a picture.
 """
 
+import functools
 import io
+import math
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
 import data
@@ -109,6 +112,15 @@ def part_boxes(layout: Layout) -> list[Box] | None:
     return [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r in range(rows) for c in range(columns)]
 
 
+def regions(layout: Layout, rows: int, columns: int) -> Tensor:
+    """Assign the rows x columns tokens of a collage to its parts by the tokens' centers; return bool [K, T]."""
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    parts = [(x1 <= x) & (x < x2) & (y1 <= y) & (y < y2) for x1, y1, x2, y2 in part_boxes(layout)]
+    if layout.kind == "pip":
+        parts.append(~parts[0])  # what surrounds the center; a grid's cells, with margins, leave nothing over
+    return torch.stack(parts).flatten(1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Questions.
 
@@ -148,7 +160,8 @@ class Questions(Dataset):
             question = self.compose(i)
             example, deviation = question.example, NOISE.get(LAYOUTS[question.layout].kind)
             if self.noise and deviation:
-                example = replace(example, images=(partial(noisy, example.images[0], deviation, self.seed + i),))
+                shown = functools.partial(noisy, example.images[0], deviation, self.seed + i)
+                example = replace(example, images=(shown,))
             return i, question, replace(self.prompts, task=TASKS["rows"]).encode(example)
         except DataError as error:
             return i, error, None
@@ -203,3 +216,54 @@ class Questions(Dataset):
         image.save(aside, "png")
         aside.replace(path)
         return path
+
+
+# ------------------------------------------------------------------------------------------------
+# Which of a prompt's image tokens belong to which image.
+
+
+def image_parts(prompts: Prompts, question: Question, prompt: Prompt, tokens: int) -> tuple[Tensor, bool]:
+    """Assign a prompt's image tokens to the parts, bool [K, T]; also return whether to compare means per token."""
+    layout = LAYOUTS[question.layout]
+    if layout.kind != "sequence":
+        return regions(layout, *token_grid(prompts.processor, prompt.inputs, tokens)), False
+    sizes = [data.image_size(image) for image in question.example.images]
+    counts = [tokens // len(sizes)] * len(sizes)
+    if len(set(sizes)) > 1:
+        counts = [image_tokens(prompts, size, len(sizes)) for size in sizes]
+    if sum(counts) != tokens:
+        kind = type(prompts.processor).__name__
+        raise SystemExit(f"{kind}: {tokens} image tokens are not {counts} by image: attention cannot be told apart")
+    return torch.eye(len(sizes), dtype=torch.bool).repeat_interleave(torch.tensor(counts), 1), True
+
+
+@functools.lru_cache(maxsize=4096)
+def image_tokens(prompts: Prompts, size: tuple[int, int], images: int) -> int:
+    """Count the tokens of one image of this size in a prompt with so many images, by running the processor on them."""
+    content = [{"type": "image"}] * images
+    text = prompts.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    found = prompts.processor(text=[text], images=[Image.new("RGB", size)] * images, return_tensors="pt")
+    return int((found["input_ids"] == image_token(prompts.processor)).sum()) // images
+
+
+def image_token(processor: Any) -> int:
+    token = getattr(processor, "image_token_id", None)
+    if token is None:
+        raise SystemExit(f"{type(processor).__name__} has no image token: its prompts hold no images to look at")
+    return token
+
+
+def token_grid(processor: Any, inputs: dict[str, Tensor], tokens: int) -> tuple[int, int]:
+    """Return (rows, columns) of the only image's tokens. Raises SystemExit if they form no grid (tiles, thumbnails)."""
+    if "image_grid_thw" in inputs:
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        merge = math.isqrt(rows * columns // tokens)
+        return rows // merge, columns // merge
+    pixels = inputs["pixel_values"]
+    if pixels.dim() == 4 and len(pixels) == 1:
+        height, width = pixels.shape[2:]
+        rows = round(math.sqrt(tokens * height / width))
+        if tokens % rows == 0 and abs(tokens // rows * height - rows * width) < max(height, width):
+            return rows, tokens // rows
+    kind = type(processor).__name__
+    raise SystemExit(f"{kind} cuts images into tiles, which are no map of the image: --layouts without grids and pip")

@@ -291,8 +291,8 @@ MEANS = {  # of scores; any other is the mean of a reward
     "parsed": "share of answers in the form asked for", "no_objects": "share of answers that say No Objects",
     "empty_think": "share of thoughts without a word", "AP": "average precision over IoUs of 0.5 to 0.95, 1 is perfect",
     "AP50": "a box counts from IoU 0.5", "AP75": "a box counts from IoU 0.75", "accuracy": "share of right answers",
-    "published_accuracy": "by the paper's rule", "mean_iou": "of boxes", "cumulative_iou": "all intersections / all unions, of boxes",
-    "iou_above_0.5": "share of answers",
+    "published_accuracy": "by the paper's rule", "mean_iou": "of boxes",
+    "cumulative_iou": "all intersections / all unions, of boxes", "iou_above_0.5": "share of answers",
 }  # fmt: skip
 GOOD = ("found", "right")
 KINDS = {"widest": "Most different rewards", "best": "Highest rewards", "worst": "Lowest rewards"}

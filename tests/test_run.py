@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -69,6 +70,16 @@ def trained(llava_dir, shapes_dir, tmp_path_factory):
         negatives=0.2, system_prompt="Look.", inner_epochs=2,
     )  # fmt: skip
     return out, done.stdout
+
+
+def test_a_run_whose_steps_were_mostly_skipped_says_so_and_fails(llava_dir, shapes_dir, tmp_path, monkeypatch, signals):
+    """Two of three gradients are not finite: the model is saved, and the exit status is not 0."""
+    plain, norms = torch.nn.utils.clip_grad_norm_, iter([0.5, math.nan, math.inf])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: plain(*args) * 0 + next(norms))
+    flags = command(**SMALL | {"workers": 0}, task="coco", data=shapes_dir, model=llava_dir, out=tmp_path / "run")
+    with pytest.raises(SystemExit, match="2 of 3 steps changed nothing: their gradients were not finite"):
+        virft.main(flags)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_training_writes_what_it_promises(trained):
