@@ -3,9 +3,9 @@
     bash run.sh breakages                            # or: python demo/breakages.py --out runs/demo --seeds 0 1
 
 A breakage is one edited line in a copy of virft.py, or one flag, as listed in docs/lesson.ipynb. Every copy is trained
-like the demo. OUT/breakages.png compares the IoU reward of each with the unbroken run, OUT/curves.png shows the
-unbroken runs, and OUT/breakages/NAME/SEED holds the complete runs. Finished runs are kept as long as the code and the
-flags stay the same, so an interrupted command can be repeated.
+like the demo, for fewer steps. OUT/breakages.png compares the IoU reward of each with the unbroken run, and
+OUT/breakages/NAME/SEED holds the complete runs. Finished runs are kept as long as the code and the flags stay the same,
+so an interrupted command can be repeated.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from demo.controls import flags  # noqa: E402
-from extras.draw import WINDOW, curves, draw_curve, smoothed  # noqa: E402
+from extras.draw import WINDOW, draw_curve, smoothed  # noqa: E402
 from extras.report import rows_of  # noqa: E402
 
 FILES = ("virft.py", "rewards.py", "data.py")
@@ -41,7 +41,6 @@ class Breakage(NamedTuple):
     new: str = ""
 
 
-CURVES = ["reward/iou", "reward_std", "zero_variance_groups", "entropy", "completion_tokens", "grad_norm"]
 DEMO = {"group_size": 8, "inner_epochs": 1, "beta": 0.0}  # the demo's values of what breakages change
 BREAKAGES = {
     "unbroken": Breakage({}),
@@ -120,12 +119,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--only", nargs="+", choices=BREAKAGES, default=list(BREAKAGES))
     args = parser.parse_args()
     config = args.out / "train" / "config.json"
     if not config.exists():
         raise SystemExit(f"{args.out} holds no finished demo: run `bash run.sh` first")
-    settings, runs = json.loads(config.read_text()), {}
+    settings, runs = json.loads(config.read_text()) | {"steps": args.steps}, {}
     changed = {name: settings[name] for name, value in DEMO.items() if settings[name] != value}
     if changed:
         raise SystemExit(f"{args.out} was trained with {changed}, which is no longer the demo: run `bash run.sh` again")
@@ -140,10 +140,6 @@ def main() -> None:
     if any(BREAKAGES[name].against for name in names):
         plot(runs, args.out / "breakages.png")
         print(f"broken and unbroken curves  {args.out / 'breakages.png'}")
-    if "unbroken" in names:
-        logged = {f"seed {seed}": rows_of(metrics) for seed, metrics in zip(args.seeds, runs["unbroken"])}
-        curves(logged, CURVES, columns=3).savefig(args.out / "curves.png", dpi=110)
-        print(f"the unbroken runs           {args.out / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python demo/report.py runs/demo                  # reads before/, train/ and after/, and writes them there
 python demo/report.py runs/reproduce --paper     # adds a row per model in the paper's shape
+python demo/report.py runs/seed0 runs/seed1 runs/seed2   # the demo with several seeds: the README's table, curves.png
 """
 
 import argparse
@@ -9,12 +10,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import TASKS, detection_answer  # noqa: E402
-from extras.draw import answer_picture, evenly, side_by_side, thumbnail_of, titled  # noqa: E402
+from extras.draw import answer_picture, curves, evenly, side_by_side, thumbnail_of, titled  # noqa: E402
 from extras.outcomes import gains  # noqa: E402
 from extras.report import rows_of, write_report  # noqa: E402
 from rewards import box_iou, iou_reward  # noqa: E402
@@ -139,6 +141,23 @@ def before_after(before: Path, after: Path, path: Path, count: int = 5) -> None:
     sheet.save(path)
 
 
+CURVES = ["reward/iou", "reward_std", "zero_variance_groups", "entropy", "completion_tokens", "grad_norm"]
+
+
+def several(folders: Sequence[Path]) -> None:
+    """Print the demo's figures before and after training with several seeds, and draw their curves."""
+    before, after = measure(folders[0] / "before"), [measure(folder / "after") for folder in folders]
+    print(f"| | before | {' | '.join(folder.name for folder in folders)} | median gain |\n|{'---|' * (3 + len(folders))}")
+    for name, meaning in ROWS[metric_of(folders[0] / "before")].items():
+        if name in before:
+            values = [figures[name] for figures in after]
+            cells = [f"{value:.3f}" for value in (before[name], *values)] + [f"{median(values) - before[name]:+.3f}"]
+            print(f"| {' | '.join([meaning, *cells])} |")
+    logged = {folder.name: rows_of(folder / "train" / "metrics.jsonl") for folder in folders}
+    curves(logged, CURVES, columns=3).savefig(folders[0] / "curves.png", dpi=110)
+    print(f"\ncurves  {folders[0] / 'curves.png'}")
+
+
 def paper_table(folders: dict[str, Path]) -> str:
     """Format AP in percent, overall and per category, like the paper's detection tables; one row per folder."""
     scores = {name: json.loads((folder / "scores.json").read_text()) for name, folder in folders.items()}
@@ -173,10 +192,12 @@ def report_mia_dpo(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--paper", action="store_true", help="print the scores of detection as the paper's tables do")
     args = parser.parse_args()
-    folder = args.folder
+    if len(args.folders) > 1:
+        return several(args.folders)
+    (folder,) = args.folders
     if (folder / "attention.jsonl").exists():
         return report_mia_dpo(folder)
     before, after = measure(folder / "before"), measure(folder / "after")
