@@ -5,10 +5,13 @@
 The demo's questions about one of two or three pictures, four answers each. Every wrong answer is of a kind that the
 pictures tell: a confusion names another picture that was shown, a slip names none. An arm trains on as many pairs of
 its kind as the rarest kind has. Where even an oracle of confusions gains no more than a draw by lot, no selection can.
-Prints accuracies on held-out questions: medians and ranges over the seeds.
+Prints accuracies on held-out questions, medians and ranges over the seeds, and what the attention knows: how often a
+right answer has a larger share of attention on its image than a wrong one (AUC; 0.5 by chance), and how much of the
+share's variance lies within a question, between its four answers, where a selection could use it.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -16,6 +19,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -57,6 +62,15 @@ def chosen_pairs(out: Path, seed: int) -> dict[str, list[dict]]:
     return {arm: lot.sample(of_kind, count) for arm, of_kind in kinds.items()}
 
 
+def of_the_attention(out: Path, layout: str) -> tuple[float, float]:
+    """Return the AUC of the share of attention for right answers, and the share of its variance within questions."""
+    rows = [c for c in rows_of(out / "all" / "candidates.jsonl") if c["layout"] == layout]
+    right, wrong = ([c["ratio"] for c in rows if c["dropped"] == kind] for kind in ("right", None))
+    larger = np.mean([(r > w) + (r == w) / 2 for r in right for w in wrong])
+    questions = [[c["ratio"] for c in same] for _, same in itertools.groupby(rows, lambda c: c["number"])]
+    return float(larger), float(np.mean(list(map(np.var, questions))) / np.var(np.concatenate(questions)))
+
+
 def accuracy(model: Path, data: Path, out: Path) -> float:
     if not (out / "scores.json").exists():
         run("virft.py", *EVALUATION.split(), "--model", str(model), "--data", str(data), "--out", str(out))
@@ -92,6 +106,9 @@ def main() -> None:
     print("| trained on | accuracy, asked about one of several pictures | pairs |\n|---|---|---|")
     for arm, values in found.items():
         print(f"| {arm} | {cell([score for score, _ in values])} | {cell([count for _, count in values], 0)} |")
+    for layout in ("sequence2", "sequence3"):
+        auc, within = zip(*(of_the_attention(out / str(seed), layout) for seed in args.seeds))
+        print(f"{layout}: AUC {cell(list(auc))}, variance within questions {cell([100 * x for x in within], 2)}%")
 
 
 if __name__ == "__main__":
