@@ -24,17 +24,16 @@ tokens of a prompt. The chosen and the rejected answer to a prompt are a group o
 What differs from the paper and its released code, and why:
 
   - Attention is read where the answer's tokens are chosen: at the positions that predict them, from the prompt's last
-    token on. The answer's last token predicts nothing, so its attention is not read.
+    token on. The attention of the answer's last token is not read: what it predicts is the end.
   - An attention share equal to the limit counts as low in every layout; the released code uses < for collages.
-  - A right answer may be spelled otherwise than the known one (rewards.normalize_name); the released code compares
-    strings.
+  - Right answers are told by the rules of the rewards (`is_right`); the released code compares strings.
 
-And by default, each as in the released code with --published true:
+The defaults differ from the released code in these points, which --published true undoes:
 
-  - Answers are sampled, so that a question can have several, and end within 128 tokens: longer ones are seldom wrong
-    for one reason. We add no noise to collages before sampling; the paper has no such step.
+  - Answers are sampled, so that a question may have several (--answers 4), and have at most 128 tokens. The model sees
+    collages without noise; the released code adds noise, which the paper does not mention.
   - The paper filters by length ratio and edit distance but states no limits. Ours are flags of BuildConfig; the
-    released code has none.
+    released code does not filter so.
   - All weights train at lr 5e-6, for 3 epochs of 16 pairs a step with gamma 0.1 as in the paper. The released script
     trains adapters of rank 128 at lr 5e-5 for 1 epoch of 64 pairs a step, a tenth of them warm-up, with gamma 0.
 """
@@ -45,6 +44,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -64,11 +64,13 @@ from data import TASKS, DataError, Example, Prompt, Prompts, Task
 from extras.adapters import language_model
 from extras.collages import LAYOUTS, Question, Questions, image_parts, image_token, part_boxes
 from extras.draw import draw_pair
-from extras.evaluate import append_own, join_parts, read_parts, write_rows
+from extras.evaluate import append_own, changed_since, join_parts, read_parts, write_rows
 from extras.readers.pairs import read_pairs
 from extras.report import write_whole
 from extras.variants import answer_ids
-from rewards import normalize_name, parse_answer, reward_weights
+from rewards import (
+    box_iou, iou_reward, normalize_name, parse_answer, parse_detections, parse_grounding, reward_weights,
+)  # fmt: skip
 from virft import (  # of the algorithm
     MicroBatch, branch, completion_mask, fork, log_distribution, optimizer_step, prefill, sample, sampling_noise,
 )  # fmt: skip
@@ -90,7 +92,7 @@ def as_in_virft(name: str, default: Any = None, heading: str | None = None) -> A
 PUBLISHED_MIX = ["sequence2=37.4", *(f"sequence{n}=8.2" for n in (3, 4, 5))]
 PUBLISHED_MIX += [*(f"grid{n}=18" for n in (2, 3, 4, 6, 9)), "pip=49"]
 # --published: what the released code does otherwise than our defaults. It also answers greedily, shows collages with
-# noise (collages.NOISE), and drops right answers of TRUTH characters and more.
+# noise (collages.NOISE), and makes no pair where the known answer has TRUTH characters or more.
 PUBLISHED_BUILD = {
     "answers": 1, "max_completion_tokens": 512, "max_length_ratio": math.inf, "min_edit_distance": 0.0,
 }  # fmt: skip
@@ -249,6 +251,17 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
     return row[-1]
 
 
+def is_right(answer: str, truth: str) -> bool:
+    """Return whether an answer is the known one by the rules of the rewards: boxes from IoU 0.5, else the words."""
+    if boxes := parse_detections(truth):
+        return iou_reward(answer, [box for box, _ in boxes]) > 0.5
+    if box := parse_grounding(truth):
+        found = parse_grounding(answer)
+        return found is not None and box_iou(found, box) > 0.5
+    inside = [parse_answer(text) or text for text in (answer, truth)]  # captions have no answer block
+    return normalize_name(inside[0]) == normalize_name(inside[1])
+
+
 FILTERS = ("unfinished", "long truth", "right", "sure", "length", "alike", "looked right")  # in this order
 
 
@@ -264,7 +277,7 @@ def flaw(candidate: dict, cfg: BuildConfig, limits: dict[str, float]) -> str | N
     failed = {
         "unfinished": candidate["truncated"] or not answer,
         "long truth": cfg.published and len(candidate["chosen"]) >= TRUTH,
-        "right": normalize_name(candidate["rejected"]) == normalize_name(candidate["chosen"]),
+        "right": is_right(candidate["rejected"], candidate["chosen"]),
         "sure": candidate["perplexity"] <= cfg.min_perplexity,
         "length": longer / shorter > cfg.max_length_ratio,  # far longer or shorter than the right answer
         "alike": edit_distance(answer, truth) / max(1, longer) < cfg.min_edit_distance,  # almost the right answer
@@ -290,7 +303,7 @@ def select(candidates: Sequence[dict], cfg: BuildConfig) -> list[dict]:
         for layout in LAYOUTS:
             same = [c for c in judged if c["layout"] == layout and c["dropped"] in (None, "looked right")]
             taken = sum(c["dropped"] is None for c in same)
-            lot = random.Random(f"{cfg.seed}/select/{layout}").sample(range(len(same)), taken)
+            lot = set(random.Random(f"{cfg.seed}/select/{layout}").sample(range(len(same)), taken))
             for i, c in enumerate(same):
                 c["dropped"] = None if cfg.selection == "none" or i in lot else "not drawn"
     return judged
@@ -329,7 +342,7 @@ def dpo_update(run: Run, pairs: Pairs) -> Averages:
         prompts = pairs.prompts[start : start + at_once]
         ids, mask = answer_ids(run, [text for p in prompts for text in p.solution])  # [n * 2, C]
         batch = MicroBatch(prompts, run.collate(prompts), ids, mask)
-        logp_ref = (run.reference_logps(batch) * batch.mask).sum(1)  # [n], of whole answers
+        logp_ref = (run.reference_logps(batch) * batch.mask).sum(1)  # [n * 2], of whole answers
         run.lap("reference")
 
         def loss_of(rows: Tensor, token_logp: Tensor, entropy: Tensor) -> Tensor:
@@ -432,6 +445,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         ("data", cfg.data, "given: the folder or file of questions about single images"),
         ("layouts", good, f"weights above 0 of {', '.join(LAYOUTS)}"),
         ("limits", limits.keys() <= LAYOUTS.keys(), f"shares, of {', '.join(LAYOUTS)}"),
+        ("limits", all("=" in limit for limit in cfg.limits), "LAYOUT=SHARE, as grid4=0.25"),
         ("out", cfg.out.endswith(".jsonl"), "a file NAME.jsonl"),
         ("out", not any(p.is_relative_to(folder) for p in used), "outside --data and --model: its folder is NAME"),
         ("out", Path(cfg.out).resolve() not in used, "another file than --data"),
@@ -441,7 +455,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
 
 
 # Settings that do not change the answers: an interrupted build may be continued with other values of them.
-MAY_DIFFER = "workers batch pictures selection limits min_perplexity max_length_ratio min_edit_distance".split()
+MAY_DIFFER = "out workers batch pictures selection limits min_perplexity max_length_ratio min_edit_distance".split()
 
 
 def check_folder(cfg: BuildConfig, folder: Path) -> None:
@@ -451,7 +465,9 @@ def check_folder(cfg: BuildConfig, folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and "layouts" not in before:
         raise SystemExit(f"--out {cfg.out}: must be another: {folder} was not made by a build, and will not be touched")
     finished = Path(cfg.out).exists() or (folder / "questions.jsonl").exists()
-    if finished or before not in ({}, settings):
+    answered = bool(read_parts(folder, "candidates"))  # without answers nothing is lost by other settings
+    changed = before and changed_since(folder / "config.json", cfg.model)
+    if finished or answered and (changed or before != settings):
         raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; give another or remove it")
 
 
@@ -465,18 +481,20 @@ def open_folder(cfg: BuildConfig, folder: Path, examples: Sequence[Example]) -> 
     """Make the folder of a build; return the answers of an interrupted build, or of one whose pairs were removed."""
     told = json.dumps([[e.id, e.question, e.solution, list(map(str, e.images))] for e in examples])
     asked, before = hashlib.sha256(told.encode()).hexdigest(), begun(folder)
-    if before.get("asked", asked) != asked:
+    rows = read_parts(folder, "candidates")
+    if rows and before.get("asked", asked) != asked:
         raise DataError(f"{folder}: its answers are to other questions, the data changed; another --out starts over")
     (folder / "images").mkdir(parents=True, exist_ok=True)
     settings = asdict(cfg) | dict.fromkeys(MAY_DIFFER) | {"asked": asked}
     write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")
-    found = {(row["number"], row["id"]): row for row in read_parts(folder, "candidates")}
+    found = {(row["number"], row["id"]): row for row in rows}
     answered = Counter(number for number, _ in found)
     kept = [row for (number, _), row in found.items() if answered[number] == cfg.answers]  # only complete questions
     for row in kept:
         row["image"] = [str((folder / image).resolve()) for image in row["image"]]
         row.pop("dropped", None)
-    join_parts(folder, "candidates", relative(kept, "image", folder))
+    if rows:
+        join_parts(folder, "candidates", relative(kept, "image", folder))
     return kept
 
 
@@ -494,7 +512,7 @@ def build(argv: list[str]) -> None:
     if task.boxes and coordinates != "relative" and not cfg.answers:
         raise SystemExit("--answers 0: rows hold boxes in 0..1000; --coordinates relative")
     room = positions - cfg.max_completion_tokens
-    asked = (False, cfg.system_prompt, room, False, cfg.template_options)
+    asked = (False, cfg.system_prompt, room, cfg.skip_bad_images, cfg.template_options)
     prompts = Prompts(task, examples, processor, coordinates, *asked)
     shown = (reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed, cfg.published)
     questions = Questions(prompts, *shown)
@@ -544,10 +562,11 @@ def finish_build(cfg: BuildConfig, records: list[dict], folder: Path) -> None:
     judged = select(records, cfg)
     pairs = [c for c in judged if c["dropped"] is None]
     join_parts(folder, "candidates", relative(judged, "image", folder))
+    shutil.rmtree(folder / "pictures", ignore_errors=True)
     for number, pair in enumerate(random.Random(cfg.seed).sample(pairs, min(cfg.pictures, len(pairs)))):
         draw_pair(pair, part_boxes(LAYOUTS[pair["layout"]]), folder / "pictures" / f"{number:03d}.png")
     table = report_selection(judged, cfg)
-    (folder / "selection.txt").write_text(table + "\n")
+    write_whole(folder / "selection.txt", table + "\n")
     published = ("id", "image", "prompt", "chosen", "rejected", "gt", "layout", "ratio")
     out, kept = Path(cfg.out), [{name: pair[name] for name in published} for pair in pairs]
     write_rows(out, relative(kept, "image", out.parent))

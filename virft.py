@@ -1030,7 +1030,7 @@ def connect(cfg: Any) -> Accelerator:
     n, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if n != launched:
         raise SystemExit(f"{launched} processes were launched, accelerate sees {n}: see `accelerate config`")
-    if getattr(cfg, "steps", 0) and cfg.prompts_per_step % n:
+    if hasattr(cfg, "steps") and cfg.prompts_per_step % n:
         raise SystemExit(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of the {n} processes")
     if getattr(cfg, "shard", False) and cfg.adam_bits == 8:
         raise SystemExit("--adam_bits 8: must be 32 with --shard, which bitsandbytes does not know")

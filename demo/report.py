@@ -147,7 +147,8 @@ CURVES = ["reward/iou", "reward_std", "zero_variance_groups", "entropy", "comple
 def several(folders: Sequence[Path]) -> None:
     """Print the demo's figures before and after training with several seeds, and draw their curves."""
     before, after = measure(folders[0] / "before"), [measure(folder / "after") for folder in folders]
-    print(f"| | before | {' | '.join(folder.name for folder in folders)} | median gain |\n|{'---|' * (3 + len(folders))}")
+    head = ["", "before", *(folder.name for folder in folders), "median gain"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, meaning in ROWS[metric_of(folders[0] / "before")].items():
         if name in before:
             values = [figures[name] for figures in after]

@@ -1,4 +1,4 @@
-"""Put a question's image among others and say which is meant: items 1 and 2 of mia_dpo.py.
+"""Put a question's image among others and say which is meant: item 1 of mia_dpo.py, and whose the image tokens are.
 
 Example i of a dataset becomes a question about one of several images: a sequence of images, a grid (one image of
 several, each labelled), or a picture in a picture.
@@ -162,7 +162,9 @@ class Questions(Dataset):
             if self.noise and deviation:
                 shown = functools.partial(noisy, example.images[0], deviation, self.seed + i)
                 example = replace(example, images=(shown,))
-            return i, question, replace(self.prompts, task=TASKS["rows"]).encode(example)
+            encoder = self.prompts.of([])  # shallow: a new Prompts would look through all examples again
+            encoder.task = TASKS["rows"]
+            return i, question, encoder.encode(example)
         except DataError as error:
             return i, error, None
 

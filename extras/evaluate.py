@@ -258,14 +258,19 @@ def append_own(out: Path, stem: str, process: int, rows: Sequence[dict]) -> None
 
 def read_parts(out: Path, stem: str) -> list[dict]:
     """Read STEM.jsonl and what interrupted processes appended beside it."""
-    files = [out / f"{stem}.jsonl", *sorted(out.glob(f"{stem}.*.jsonl"))]
+    files = [out / f"{stem}.jsonl", *parts_of(out, stem)]
     return [row for file in files if file.exists() for row in read_predictions(file)]
+
+
+def parts_of(out: Path, stem: str) -> list[Path]:
+    """Return the files of single processes, STEM.NUMBER.jsonl; others with such names are the user's."""
+    return [file for file in sorted(out.glob(f"{stem}.*.jsonl")) if file.name.split(".")[-2].isdigit()]
 
 
 def join_parts(out: Path, stem: str, rows: Sequence[dict]) -> None:
     """Write STEM.jsonl, then delete the files of the single processes."""
     write_rows(out / f"{stem}.jsonl", rows)
-    for part in out.glob(f"{stem}.*.jsonl"):
+    for part in parts_of(out, stem):
         part.unlink()
 
 
@@ -285,15 +290,20 @@ def unfinished(out: Path, settings: dict) -> bool:
 
     Such an evaluation can be continued. settings: the configuration as in config.json; those in INDIFFERENT may differ.
     """
-    file, model = out / "config.json", Path(settings["model"])
+    file = out / "config.json"
     if not file.is_file() or (out / "scores.json").exists() or not settings.get("eval_only"):
         return False
     own_rewards = [Path(entry.rpartition(":")[0]) for entry in settings["rewards"] if ".py:" in entry]
-    used = [part for part in (*(model.iterdir() if model.is_dir() else ()), *own_rewards) if part.exists()]
-    if any(part.stat().st_mtime > file.stat().st_mtime for part in used):
-        return False  # changed since the evaluation began
+    if changed_since(file, settings["model"], own_rewards):
+        return False
     same = json.loads(json.dumps(settings)) | dict.fromkeys(INDIFFERENT)
     return same == json.loads(file.read_text(encoding="utf-8")) | dict.fromkeys(INDIFFERENT)
+
+
+def changed_since(begun: Path, model: str, others: Sequence[Path] = ()) -> bool:
+    """Return whether a file of a model's folder, or one of `others`, is newer than the file with which a run began."""
+    used = [*(Path(model).iterdir() if Path(model).is_dir() else ()), *others]
+    return any(part.stat().st_mtime > begun.stat().st_mtime for part in used if part.exists())
 
 
 def recover(out: Path, examples: Sequence[Example]) -> list[dict]:

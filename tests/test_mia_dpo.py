@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import virft
 from conftest import ROOT, shared
 from data import DataError, Example
 from demo import shapes
-from extras import collages
+from extras import collages, evaluate
 from extras.collages import LAYOUTS, Question
 from extras.readers.captions import read_captions
 from extras.readers.pairs import read_pairs
@@ -552,6 +553,24 @@ def test_each_filter_drops_what_it_is_for(change, dropped):
     assert mia_dpo.flaw(GOOD | change, cfg, mia_dpo.limits_of(cfg)) == dropped
 
 
+@pytest.mark.parametrize("answer, truth, right", [
+    ("A dog.", "a dog", True), ("a cat", "a dog", False),
+    ("<answer>Yes.</answer>", "<answer>yes</answer>", True),
+    ("It is <answer>cat</answer>", "<answer>cat</answer>", True),
+    ("cat", "<answer>cat</answer>", True), ("<answer>cat</answer>", "<answer>dog</answer>", False),
+    ("<answer>[{'Position': [0, 0, 100, 90], 'Confidence': 0.9}]</answer>",
+     "<answer>[{'Position': [0, 0, 100, 100], 'Confidence': 1}]</answer>", True),
+    ("<answer>[{'Position': [0, 0, 100, 40], 'Confidence': 1}]</answer>",
+     "<answer>[{'Position': [0, 0, 100, 100], 'Confidence': 1}]</answer>", False),
+    ("<answer>(0,0),(100,90)</answer>", "<answer>(0,0),(100,100)</answer>", True),
+    ("<answer>(0,0),(100,40)</answer>", "<answer>(0,0),(100,100)</answer>", False),
+    ("<answer>nothing</answer>", "<answer>(0,0),(100,100)</answer>", False),
+    ("<answer>No Objects</answer>", "<answer>No Objects</answer>", True),
+])  # fmt: skip
+def test_right_answers_are_told_as_the_rewards_tell_them(answer, truth, right):
+    assert mia_dpo.is_right(answer, truth) is right
+
+
 def test_limits_can_be_set_by_layout():
     cfg = BuildConfig(limits=["grid4=0.25"])
     judged = mia_dpo.select(
@@ -698,11 +717,38 @@ def test_a_line_that_was_cut_off_is_gone_before_others_follow(tmp_path):
         assert mia_dpo.open_folder(cfg, folder, []) == rows[:2]
 
 
+def test_files_of_the_user_are_neither_read_nor_deleted(tmp_path):
+    evaluate.append_own(tmp_path, "candidates", 0, [{"number": 0}])
+    (tmp_path / "candidates.backup.jsonl").write_text('{"number": 1}\n')
+    assert evaluate.read_parts(tmp_path, "candidates") == [{"number": 0}]
+    evaluate.join_parts(tmp_path, "candidates", [{"number": 0}])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["candidates.backup.jsonl", "candidates.jsonl"]
+
+
+def test_a_build_without_answers_may_be_corrected_and_one_of_an_older_model_not_continued(tmp_path):
+    """Refused flags cost nothing; answers of a model that was trained since are not mixed with the new one's."""
+    (model := tmp_path / "model").mkdir()
+    (model / "model.safetensors").write_text("old")
+    cfg = BuildConfig(out=str(tmp_path / "p.jsonl"), model=str(model), layer=99)
+    folder, other = tmp_path / "p", dataclasses.replace(cfg, layer=1)
+    mia_dpo.open_folder(cfg, folder, [])
+    mia_dpo.check_folder(other, folder)
+    mia_dpo.open_folder(other, folder, [])
+    evaluate.append_own(folder, "candidates", 0, [{"number": 0, "id": "a", "image": []}])
+    mia_dpo.check_folder(other, folder)
+    with pytest.raises(SystemExit, match="must be new: an earlier build is there"):
+        mia_dpo.check_folder(cfg, folder)
+    os.utime(model / "model.safetensors", (begun := (folder / "config.json").stat().st_mtime + 5, begun))
+    with pytest.raises(SystemExit, match="must be new: an earlier build is there"):
+        mia_dpo.check_folder(other, folder)
+
+
 def test_answers_to_questions_that_have_changed_are_not_continued(tmp_path):
     """A truth of rows.jsonl was corrected between two parts of a build."""
     cfg, folder = BuildConfig(out=str(tmp_path / "p.jsonl")), tmp_path / "p"
     examples = [Example(f"{i}", (tmp_path / f"{i}.png",), None, "a dog", "", question="what?") for i in range(2)]
     mia_dpo.open_folder(cfg, folder, examples)
+    evaluate.append_own(folder, "candidates", 0, [{"number": 0, "id": "a", "image": []}])
     mia_dpo.open_folder(cfg, folder, examples)
     for changed in ({"solution": "a cat"}, {"question": "who?"}, {"images": (tmp_path / "2.png",)}):
         with pytest.raises(DataError, match="answers are to other questions, the data changed; another --out"):
@@ -960,6 +1006,24 @@ def test_pairs_are_read_in_the_forms_that_are_published(row, question, tmp_path)
     (example,), notes = read_pairs(write_pairs(tmp_path, row), READER, 512)
     assert (example.question, example.solution) == (question, ("a dog", "a cat")) and notes == []
     assert example.images == (tmp_path / "a.png",) and example.id == "x"
+
+
+def test_published_pairs_train_as_ours_do(built, llava_dir, tmp_path):
+    """The same pairs with <image-placeholder>, and as messages: the same first step, number for number."""
+    rows = [row | {"image": [str((built.parent / i).resolve()) for i in row["image"]]} for row in rows_of(built)]
+    as_published = [row | {"prompt": row["prompt"].replace("<image>", "<image-placeholder>")} for row in rows]
+    as_messages = [
+        row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        | {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
+        for row in rows
+    ]  # fmt: skip
+    steps = []
+    for name, form in (("ours", rows), ("published", as_published), ("messages", as_messages)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in form))
+        mia_dpo.main(train_command(tmp_path / f"{name}.jsonl", llava_dir, tmp_path / name, "--steps", "1"))
+        (row,) = rows_of(tmp_path / name / "metrics.jsonl")
+        steps.append({key: value for key, value in row.items() if "seconds" not in key})
+    assert steps[0] == steps[1] == steps[2] and steps[0]["grad_norm"] > 0
 
 
 def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path):

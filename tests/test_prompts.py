@@ -11,11 +11,10 @@ from PIL import Image
 from transformers import AutoProcessor, LlamaConfig
 
 import data
-import mia_dpo
 import virft
 from data import TASKS, DataError, Example, Prompts
 from demo.warm_start import make_tokenizer
-from extras import processors
+from extras import processors, variants
 
 ANSWER = "<answer>3</answer>"
 TEMPLATE = (
@@ -186,8 +185,9 @@ def test_what_ends_a_turn_ends_answers_everywhere(llava_dir, tmp_path):
     class Run:
         prompts, device = encoder(processor), "cpu"
 
-    pair = data.Prompt(None, {}, (1, 1), ("yes", "no"), 0)
-    ids, mask = mia_dpo.pair_ids(Run, [pair])
+        eos = torch.tensor([processor.tokenizer.eos_token_id])
+
+    ids, mask = variants.answer_ids(Run, ["yes", "no"])
     assert [row[keep][-1] for row, keep in zip(ids, mask)] == [end, end]
     assert data.turn_end(AutoProcessor.from_pretrained(llava_dir)) is None, "its template writes no such token"
 

@@ -97,7 +97,7 @@ def test_marks_say_how_well_a_box_fits():
     assert draw.marks_of([10, 10, 60, 60], "rewards", "7") == [] == draw.marks_of("lily", "classification", "lily")
 
 
-@pytest.mark.parametrize("title", ["собака: 3 животных", "σκύλος", "x" * 300, "W" * 90, "a\nb", ""])
+@pytest.mark.parametrize("title", ["собака: 3 животных", "σκύλος", "x" * 300, "W" * 90, "a\nb", "", "a\x1db\u2029c\x85"])
 def test_titles_are_whole(title):
     """No letter is the font's empty box, and long ones are broken into lines, of which the margin stays white."""
     picture = draw.titled(Image.new("RGB", (100, 50)), title, legend=False)
@@ -105,8 +105,19 @@ def test_titles_are_whole(title):
     assert (margin == 255).all()
     font = draw.font(16)
     missing = font.getmask("\U0010ffff").getbbox(), bytes(font.getmask("\U0010ffff"))
-    assert all((font.getmask(c).getbbox(), bytes(font.getmask(c))) != missing for c in set(title) - {"\n"})
+    assert all((font.getmask(c).getbbox(), bytes(font.getmask(c))) != missing for c in set("".join(title.splitlines())))
     assert picture.height > 50 + 22 * len(title) / 36
+
+
+def test_curves_keep_their_titles_and_short_runs_show():
+    """Small numbers put no power of ten over a title; of one smoothed point nothing would be seen."""
+    figure = draw.curves({"run": [{"step": s, "kl": 1e-5 * s} for s in (1, 2, 3)]}, ["kl"])
+    (axis,) = figure.axes
+    figure.canvas.draw()
+    assert axis.yaxis.get_offset_text().get_text() == "" and axis.title.get_position()[1] == 1.0
+    assert [line.get_alpha() for line in axis.lines] == [1.0, None] and all(t % 1 == 0 for t in axis.get_xticks())
+    long = draw.curves({"run": [{"step": s, "kl": 1.0} for s in range(40)]}, ["kl"]).axes[0]
+    assert [line.get_alpha() for line in long.lines] == [0.25, None]
 
 
 @pytest.fixture
