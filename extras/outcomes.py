@@ -10,7 +10,7 @@ from rewards import accuracy_reward, box_iou, match
 ANSWER_KEYS = {"detection": "detections", "classification": "name", "grounding": "box", "rewards": "answer"}
 
 OUTCOMES = {  # marks differ, so that no color is needed
-    "found": "✓ all found, nothing invented",
+    "found": "✓ all found, nothing invented: each box with an IoU above 0.5",
     "right": "✓ right",
     "missed": "○ an object missed: no box of its own with an IoU above 0.5",
     "invented": "+ a box invented: nothing missed, but a box where nothing is",

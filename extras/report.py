@@ -203,7 +203,7 @@ def answers(evaluations: Sequence[Path]) -> str:
         image = f'<img src="{image}" alt="">' if image else "<i>picture left out: the page would grow too large</i>"
         earned = ", ".join(f"{esc(name)} {value:.2f}" for name, value in r["rewards"].items())
         true = "No Objects" if r["solution"] == [] else "" if r["size"] else esc(r["solution"], 200)
-        head = f"<b>{esc(r['category'], 200)}</b> · {OUTCOMES[outcome(r)].partition(':')[0]}"
+        head = f"<b>{esc(r['category'], 200)}</b> · {OUTCOMES[outcome(r)].partition(':')[0]} · {esc(name_of(folder))}"
         told = f"{head}<br>{earned}{'<br>true: ' * bool(true)}{true}<pre>{esc(r['completion'], 600)}</pre>"
         return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
 
@@ -216,8 +216,9 @@ def answers(evaluations: Sequence[Path]) -> str:
         text += f"<p>Evenly spaced among those whose pictures were kept.</p><div class=row>{pairs}</div>"
     text += f"<h2>Answers of {esc(name_of(last))} by outcome</h2>{LEGEND}" if shown[last] else ""
     for kind, told in OUTCOMES.items():
-        if some := [r for r in shown[last] if outcome(r) == kind][:PER_OUTCOME]:
-            text += f"<h3>{told}</h3><div class=row>{''.join(card(last, r) for r in some)}</div>"
+        if of := [r for r in shown[last] if outcome(r) == kind]:
+            cards = [card(last, of[i]) for i in evenly(len(of), PER_OUTCOME)]
+            text += f"<h3>{told}</h3><div class=row>{''.join(cards)}</div>"
     return text
 
 
@@ -288,7 +289,7 @@ def write_report(folders: Sequence[Path], file: Path) -> None:
 
 
 MEANS = {  # of scores; any other is the mean of a reward
-    "parsed": "share of answers in the form asked for", "no_objects": "share of answers that say No Objects",
+    "parsed": "share of answers that could be read", "no_objects": "share of answers that say No Objects",
     "empty_think": "share of thoughts without a word", "AP": "average precision over IoUs of 0.5 to 0.95, 1 is perfect",
     "AP50": "a box counts from IoU 0.5", "AP75": "a box counts from IoU 0.75", "accuracy": "share of right answers",
     "published_accuracy": "by the paper's rule", "mean_iou": "of boxes",
@@ -298,7 +299,7 @@ GOOD = ("found", "right")
 KINDS = {"widest": "Most different rewards", "best": "Highest rewards", "worst": "Lowest rewards"}
 REWARDED = (
     "<p>Rules, not people, score every answer. GRPO samples several answers to a question, compares their scores, "
-    "and makes the better ones likelier.</p>"
+    "and makes the better ones likelier. Other scores on this page were measured, not rewarded.</p>"
 )
 LEGEND = (
     "<p class=legend><b class=t>solid green: true box</b> <b class=a>dashed magenta: answered box</b> with its best "
