@@ -182,7 +182,7 @@ def match(detections: Sequence[tuple[Box, float]], targets: Sequence[Box], iou_t
 
 
 def iou_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 0.5) -> float:
-    """Return the sum of IoUs above iou_threshold (0.5) / max(targets, predictions), in [0, 1]; 1 for a right `No Objects`.
+    """Return the sum of IoUs above iou_threshold / max(targets, predictions), in [0, 1]; 1 for a right `No Objects`.
 
     The paper (eq. 3) divides by the number of predictions, so that one box in a crowd earns the full reward; the
     published code divides by the larger number, and so do we.

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 from conftest import ROOT
-from demo import controls, report, shapes, warm_start
+from demo import controls, gates, report, shapes, warm_start
 from extras import collages
 from rewards import box_iou, format_reward, iou_reward, parse_grounding
 
@@ -358,3 +358,38 @@ def test_the_report_of_mia_dpo_compares_the_two_selections(tmp_path, capsys):
         ["0", "3", "2"],
     ]
     assert json.loads((tmp_path / "summary.json").read_text())["pairs"] == [0, 3, 2]
+
+
+def gated(tmp_path, answers):
+    """A finished build as "gates.py" leaves it: answers about the second of two pictures, a dog and a cat."""
+    out = tmp_path / "0"
+    (out / "all").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    pictures = [{"image": f"train/{name}.png", "solution": name} for name in ("dog", "cat")]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pictures))
+    (out / "all.jsonl").write_text("")
+    shown = [f"../../data/{row['image']}" for row in pictures]
+    rows = [
+        {"number": i // 2, "layout": "sequence2", "image": shown, "target": 1,
+         "rejected": f"<answer>{said}</answer>", "dropped": "right" if said == "cat" else None, "ratio": ratio}
+        for i, (said, ratio) in enumerate(answers)
+    ]  # fmt: skip
+    (out / "all" / "candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def test_gates_tell_confusions_from_slips(tmp_path):
+    """A confusion names the other shown picture; each arm has as many pairs as the rarest kind."""
+    out = gated(tmp_path, [("Dog.", 0.1), ("cat", 0.9), ("bird", 0.2), ("dog", 0.3), ("fish", 0.4), ("cow", 0.5)])
+    arms = gates.chosen_pairs(out, seed=0)
+    assert {arm: len(pairs) for arm, pairs in arms.items()} == {"confusions": 2, "slips": 2, "lot": 2}
+    assert {pair["ratio"] for pair in arms["confusions"]} == {0.1, 0.3}
+    assert {pair["ratio"] for pair in arms["slips"]} < {0.2, 0.4, 0.5}
+
+
+def test_gates_measure_what_the_attention_knows(tmp_path):
+    """AUC by hand: of the pairs (0.5, 0.1), (0.5, 0.5), (0.3, 0.1), (0.3, 0.5) two are larger and one is equal."""
+    out = gated(tmp_path, [("cat", 0.5), ("dog", 0.1), ("cat", 0.3), ("dog", 0.5)])
+    auc, within = gates.of_the_attention(out, "sequence2")
+    assert auc == pytest.approx(2.5 / 4)
+    assert within == pytest.approx((0.04 + 0.01) / 2 / np.var([0.5, 0.1, 0.3, 0.5]))
