@@ -57,7 +57,7 @@ demo() {
     case $family in
         detection)
             task=coco evaluation=(--negatives 0.1)
-            training=(--steps 340 --warmup_steps 20 --lr 4e-4 --negatives 0.3 --rewards iou=1 format=1) ;;
+            training=(--steps 340 --warmup_steps 20 --lr 6e-4 --negatives 0.3 --rewards iou=1 format=1) ;;
         classification)
             task=flowers training=(--steps 120 --lr 2.5e-4) ;;
         grounding)
