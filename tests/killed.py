@@ -50,15 +50,15 @@ def main() -> None:
 
         checkpoints.shutil.rmtree = remove
     elif moment != "never":
-        plain_rollout, started = virft.rollout, []
+        plain, started = virft.sampled, []
 
-        def rollout(*args):
+        def sampled(*args):
             if not started:
                 started.append(True)
                 threading.Timer(float(moment), die).start()
-            return plain_rollout(*args)
+            return plain(*args)
 
-        virft.rollout = rollout
+        virft.sampled = sampled  # `train` holds `rollout` as a default
     virft.main(argv)
 
 
