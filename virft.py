@@ -1144,7 +1144,8 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-SHOWN = ("reward", "kl", "completion_tokens", "margin", "accuracy")  # beside the progress bar, where they are logged
+# Beside the progress bar, where they are logged.
+SHOWN = ("cross_entropy", "reward", "kl", "completion_tokens", "margin", "accuracy")
 
 
 def write(run: Run, step: int, metrics: Averages, rows: list[dict]) -> None:

@@ -31,6 +31,24 @@ def letters(completion: str, solution: object) -> float:
     return sum(c.isalpha() or c == " " for c in completion) / max(1, len(completion))
 
 
+def to_log(argv: list[str], log: Path, threads: int, kill: Path | None = None) -> tuple[int, float]:
+    """Run a command to its end, or until the file `kill` exists and then SIGKILL; append what it prints to a log.
+
+    Returns its exit status and the largest resident memory of one of its processes in GB.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(argv[1:])}\n")
+        file.flush()
+        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        while kill and not kill.exists() and process.poll() is None:
+            time.sleep(0.05)
+        if kill:
+            process.send_signal(signal.SIGKILL)
+        _, status, usage = os.wait4(process.pid, 0)
+    return status, usage.ru_maxrss * 1024 / 1e9
+
+
 class Parts:
     """Run the commands of each part.
 
@@ -50,19 +68,10 @@ class Parts:
         argv = [*(argv if processes > 1 else [sys.executable]), script, *flags.split()]
         # With several threads PyTorch adds up gradients in an order that changes from run to run: see `resume`.
         threads = 1 if part.startswith("resume") else max(1, os.cpu_count() // processes)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         log = self.out / f"{part}.log"
-        with log.open("a") as file:
-            file.write(f"$ {' '.join(argv[1:])}\n")
-            file.flush()
-            start = file.tell()
-            process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=file)
-            while kill and not kill.exists() and process.poll() is None:
-                time.sleep(0.05)
-            if kill:
-                process.send_signal(signal.SIGKILL)
-            _, status, usage = os.wait4(process.pid, 0)
-        self.peak = max(self.peak, usage.ru_maxrss * 1024 / 1e9)
+        start = log.stat().st_size if log.exists() else 0
+        status, peak = to_log(argv, log, threads, kill)
+        self.peak = max(self.peak, peak)
         said = log.read_text()[start:]
         if status and not kill:
             raise SystemExit(f"{part} failed:\n{said}")

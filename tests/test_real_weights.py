@@ -1,0 +1,111 @@
+"""The experiment on real photographs, in small: its projector learns, its arms are what they say, intervals are right."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+import virft
+from bench import few_shot, real_weights
+from demo import shapes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_llava() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    size = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14} | size | {"hidden_size": 16}
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config={"model_type": "llama"} | size))
+
+
+def test_the_projector_learns_classes_that_carry_over():
+    """Photographs are a direction of their class plus noise; unseen ones must come to lie nearest to its name."""
+    model, draws = small_llava(), torch.Generator().manual_seed(1)
+    centers, names = torch.randn(6, 16, generator=draws), torch.randn(6, 24, generator=draws)
+
+    def photographs(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        classes = torch.arange(n) % 6
+        noise = torch.randn(n, 3, 4, 16, generator=draws)
+        return 50 + 7 * (centers[classes][:, None, None] + 0.5 * noise), classes  # far from standardized
+
+    held_out, few = photographs(60), photographs(18)
+    before = real_weights.named_rightly(model, *held_out, names)
+    real_weights.train_projector(model, *few, names, steps=200)
+    assert before < 0.5 and real_weights.named_rightly(model, *held_out, names) > 0.95
+
+
+def test_the_standardization_is_folded_into_the_projector():
+    """With no step taken, the folded projector answers as the old one did on standardized features."""
+    model = small_llava()
+    seen, names = 5 + 3 * torch.randn(4, 2, 4, 16), torch.randn(4, 24)
+    projector = model.model.multi_modal_projector
+    with torch.no_grad():
+        expected = projector((seen - seen.mean((0, 1, 2))) / seen.std((0, 1, 2)))
+        real_weights.train_projector(model, seen, torch.arange(4), names, steps=0)
+        torch.testing.assert_close(projector(seen), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_crops_stay_inside_and_keep_a_third():
+    image, rng = Image.new("RGB", (310, 224)), random.Random(0)
+    sizes = [real_weights.random_crop(image, rng).size for _ in range(500)]
+    areas = [w * h / (310 * 224) for w, h in sizes]
+    assert max(w for w, _ in sizes) <= 310 and max(h for _, h in sizes) <= 224
+    assert min(areas) > 0.3 and max(areas) <= 1 and max(areas) - min(areas) > 0.5
+
+
+def test_name_embeddings_double_the_distance_from_the_mean(llava_dir):
+    model = virft.load_model(str(llava_dir), torch.float32, torch.device("cpu"))
+    processor = virft.pretrained(virft.transformers.AutoProcessor, str(llava_dir))
+    found = real_weights.name_embeddings(model, processor, ["red disk", "blue square"])
+    table = model.get_input_embeddings().weight
+    rows = [table[processor.tokenizer(f" {n}")["input_ids"]].mean(0) for n in ("red disk", "blue square")]
+    middle = (rows[0] + rows[1]) / 2
+    torch.testing.assert_close(found, torch.stack([middle + 2 * (r - middle) for r in rows]))
+
+
+def test_intervals_are_those_of_a_binomial():
+    """Of 180 answers of which 60% are right: p -+ 1.96 sqrt(p (1 - p) / n), which is 0.528 to 0.672."""
+    low, high = few_shot.interval(np.array([1.0] * 108 + [0.0] * 72))
+    assert low == pytest.approx(0.528, abs=0.01) and high == pytest.approx(0.672, abs=0.01)
+
+
+def test_a_gain_is_paired_by_photograph():
+    start = [np.array([1.0, 0.0, 0.0, 0.0]), np.array([0.0, 0.0])]
+    after = [np.array([1.0, 1.0, 0.0, 0.0]), np.array([1.0, 0.0])]
+    line = few_shot.row("GRPO", after, start, [10.0, 12.4], 3.24)
+    assert line.startswith("| GRPO | 0.500 (") and "| 0.500, 0.500 | +0.333 (+0.000 to +" in line
+    assert line.endswith("| 10, 12 | 3.2 |")
+
+
+@pytest.mark.slow
+def test_few_shot_runs_continues_and_prints_a_table(llava_dir, tmp_path):
+    """Interrupted after the start, it does not run it again; SFT gets about as many seconds as GRPO."""
+    rng, rows = random.Random(0), []
+    for split, count in (("train", 2), ("test", 1)):
+        for color in list(shapes.COLORS)[:4]:
+            for i in range(count):
+                name = f"{split}_{color}_{i}.png"
+                Image.new("RGB", (64, 64), (rng.randrange(256), 9, 9)).save(tmp_path / name)
+                rows.append({"file": name, "class_name": color, "split": split})
+    (tmp_path / "labels.json").write_text(json.dumps(rows))
+    command = [
+        sys.executable, ROOT / "bench" / "few_shot.py", "--model", llava_dir, "--flowers", tmp_path, "--out",
+        tmp_path / "out", "--seeds", "0", "1", "--classes", "2", "--shots", "2", "--steps", "2", "--threads", "1",
+        "--start_flags", few_shot.START.replace("75", "2"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    assert [line.split(" | ")[0] for line in lines[-3:]] == ["| start", "| SFT", "| GRPO"], done.stdout + done.stderr
+    model = tmp_path / "out" / "start" / "model" / "model.safetensors"
+    made, answered = model.stat().st_mtime_ns, (tmp_path / "out" / "sft_0_eval" / "predictions.jsonl").read_text()
+    assert answered.count("\n") == 2  # the photographs of its two classes
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == done.stdout and model.stat().st_mtime_ns == made
