@@ -9,8 +9,8 @@
    takes its steps; supervised fine-tuning takes as many as fit into the same seconds.
 3. All answer the same held-out photographs. 95% intervals are bootstrapped over photographs.
 
-Every part is a command of virft.py; OUT/commands.log has it with what it printed. A part that is finished is not run
-again, and one that was interrupted continues at its last checkpoint.
+Every part is a command of virft.py; OUT/commands.log has it with what it printed, OUT/curves.png the curves of GRPO. A
+part that is finished is not run again, and one that was interrupted continues at its last checkpoint.
 """
 
 import argparse
@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from bench.first_contact import to_log  # noqa: E402
+from extras.draw import curves  # noqa: E402
+from extras.report import rows_of  # noqa: E402
 
 COMMON = "--task flowers --think false --max_completion_tokens 20 --workers 0"
 # Another seed than the projector's: half of these photographs are new to it, as held-out ones are.
@@ -66,13 +68,12 @@ class Bench:
     def answers(self, name: str, model: Path, *more: str) -> np.ndarray:
         """Return, of each held-out photograph, whether the most probable answer is right."""
         out = self.virft(name, model, EVALUATION, *more)
-        rows = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
-        return np.array([row["rewards"]["accuracy"] for row in rows])
+        return np.array([row["rewards"]["accuracy"] for row in rows_of(out / "predictions.jsonl")])
 
 
 def seconds(run: Path) -> list[float]:
     """Return the seconds of each training step."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rows = rows_of(run / "metrics.jsonl")
     return [sum(value for name, value in row.items() if name.startswith("seconds/")) for row in rows]
 
 
@@ -112,15 +113,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.flowers.resolve(), args.out.resolve(), args.threads)
     names = list(dict.fromkeys(e.category for e in data.load_examples(data.TASKS["flowers"], args.flowers, "val")[0]))
+    if (max(args.seeds) + 1) * args.classes > len(names):
+        parser.error(f"--seeds {max(args.seeds)}: each seed has {args.classes} of the {len(names)} classes")
     started = bench.train("start", args.model.resolve(), args.start_flags)
     found, took, peak = ({arm: [] for arm in ("start", "SFT", "GRPO")} for _ in range(3))
+    logged = {}
     for seed in args.seeds:
         chosen = names[seed * args.classes : (seed + 1) * args.classes]
         which = ("--categories", ", ".join(f'"{name}"' for name in chosen))
-        if len(chosen) < args.classes:
-            parser.error(f"--seeds {seed}: there are {len(names)} classes, {args.classes} for each seed")
         few = (*which, "--shots", str(args.shots), "--seed", str(seed))
         grpo = bench.train(f"grpo_{seed}", started / "model", f"{GRPO} --steps {args.steps} --lr {args.grpo_lr}", *few)
+        logged[f"GRPO, seed {seed}"] = rows_of(grpo / "metrics.jsonl")
         steps = round(sum(seconds(grpo)) / mean(seconds(started)))
         sft = bench.train(f"sft_{seed}", started / "model", f"{SFT} --steps {steps} --lr {args.sft_lr}", *few)
         for arm, run in (("start", started), ("SFT", sft), ("GRPO", grpo)):
@@ -128,6 +131,7 @@ def main() -> None:
             took[arm].append(sum(seconds(run)))
             peak[arm].append(json.loads((run / "done.json").read_text())["peak"])
             print(f"seed {seed}, {arm}: {found[arm][-1].mean():.3f} of {len(found[arm][-1])}", flush=True)
+    curves(logged, ("reward/accuracy", "entropy", "zero_variance_groups"), columns=3).savefig(bench.out / "curves.png")
     print("\n| arm | accuracy | of each seed | gain | s | peak GB |\n|---|---|---|---|---|---|")
     for arm, answers in found.items():
         print(row(arm, answers, found["start"], took[arm], max(peak[arm])))
