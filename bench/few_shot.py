@@ -1,25 +1,30 @@
-"""Compare the start, supervised fine-tuning and GRPO on few real photographs of flowers; print a table.
+"""Compare a common starting model with supervised fine-tuning and with GRPO on few real photographs; print a table.
 
     python bench/real_weights.py --out DIR --side 112 --flowers FLOWERS_DIR
     python bench/few_shot.py --model DIR --flowers FLOWERS_DIR --out OUT
 
-1. start: the language model learns to read the image tokens of DIR, by virft.py's --sft on two photographs of every
-   class; tower and projector are frozen. All arms begin with this model.
-2. Each seed has its own 30 classes, in the order of the labels, and four photographs of each, as in the paper. GRPO
-   takes its steps; supervised fine-tuning takes as many as fit into the same seconds.
-3. All answer the same held-out photographs. 95% intervals are bootstrapped over photographs.
+1. The start: the language model learns to read the image tokens of DIR, by virft.py's --sft on two photographs of every
+   class. Tower and projector are frozen.
+2. Seed 0 has the first 30 classes, seed 1 the next 30, and so on, with four photographs of each class (the paper's
+   number). From the start, GRPO takes --steps steps, and supervised fine-tuning as many as take the same seconds by
+   the time of its second and third step. Both train all weights.
+3. The held-out photographs of a seed's classes are answered greedily by the start and by both. 95% intervals are
+   bootstrapped over the photographs of all seeds: they say nothing about how a run varies when it is repeated.
 
-Every part is a command of virft.py; OUT/commands.log has it with what it printed, OUT/curves.png the curves of GRPO. A
-part that is finished is not run again, and one that was interrupted continues at its last checkpoint.
+Every part is a command of virft.py; OUT/commands.log has it with what it printed. OUT/table.md has the table,
+OUT/curves.png the curves of GRPO. A part that is finished is not run again, and one that was interrupted continues at
+its last checkpoint. Finished parts take 0.6 GB each, one that is training up to 4.4 GB more.
 """
 
 import argparse
 import json
 import os
+import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import median
 
 import numpy as np
 
@@ -28,10 +33,10 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from bench.first_contact import to_log  # noqa: E402
 from extras.draw import curves  # noqa: E402
-from extras.report import rows_of  # noqa: E402
+from extras.report import rows_of, write_whole  # noqa: E402
 
 COMMON = "--task flowers --think false --max_completion_tokens 20 --workers 0"
-# Another seed than the projector's: half of these photographs are new to it, as held-out ones are.
+# Another seed than the projector's, so that the language model also meets photographs that are new to the projector.
 START = (
     "--shots 2 --seed 1 --sft true --freeze_vision true --lr 1e-4 --steps 75 --warmup_steps 5 --prompts_per_step 8 "
     "--micro_batch 8"
@@ -50,29 +55,42 @@ class Bench:
     threads: int
 
     def virft(self, name: str, model: Path, flags: str, *more: str) -> Path:
-        """Run virft.py unless it has finished; return its run folder."""
-        out = self.out / name
-        common = [*COMMON.split(), "--data", str(self.flowers), "--model", str(model), "--out", str(out)]
-        done, begun = out / "done.json", (out / "checkpoints").exists()
-        if not done.exists():
-            argv = [sys.executable, "virft.py", *common, *flags.split(), *more, *["--resume", "true"][: 2 * begun]]
-            status, peak = to_log(argv, log := self.out / "commands.log", self.threads)
-            if status:
-                raise SystemExit(f"{name} failed; the end of {log}:\n{log.read_text()[-3000:]}")
-            done.write_text(json.dumps({"peak": peak}))
+        """Run virft.py unless it has finished; return its run folder.
+
+        flags are separated at spaces; `more` are not, because names of classes contain some. Raises SystemExit if the
+        folder was made by another command or from other weights.
+        """
+        out, log = self.out / name, self.out / "commands.log"
+        file = out / "done.json"
+        argv = ["virft.py", *COMMON.split(), "--data", str(self.flowers), "--model", str(model), "--out", str(out)]
+        argv += [*flags.split(), *more]
+        made = {"argv": argv, "weights": (model / "model.safetensors").stat().st_mtime_ns}
+        if file.exists():
+            if json.loads(file.read_text()).items() >= made.items():
+                return out
+            raise SystemExit(f"{out}: made by another command, or from other weights: remove it, or take another --out")
+        checkpoints = [f for f in (out / "checkpoints").glob("*") if re.fullmatch(r"step_\d+", f.name)]
+        if not checkpoints:
+            shutil.rmtree(out, ignore_errors=True)
+        resume = ["--resume", "true"] if checkpoints else []
+        status, peak = to_log([sys.executable, *argv, *resume], log, self.threads)
+        if status or not ((out / "model").exists() or (out / "scores.json").exists()):
+            raise SystemExit(f"{name} did not finish; the end of {log}:\n{log.read_text()[-3000:]}")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        write_whole(file, json.dumps(made | {"peak": peak}))
         return out
 
     def train(self, name: str, model: Path, flags: str, *more: str) -> Path:
         return self.virft(name, model, f"{flags} --save_every 20", *more)
 
     def answers(self, name: str, model: Path, *more: str) -> np.ndarray:
-        """Return, of each held-out photograph, whether the most probable answer is right."""
+        """Return 1.0 for each held-out photograph that is named rightly by the most probable answer, else 0.0."""
         out = self.virft(name, model, EVALUATION, *more)
         return np.array([row["rewards"]["accuracy"] for row in rows_of(out / "predictions.jsonl")])
 
 
 def seconds(run: Path) -> list[float]:
-    """Return the seconds of each training step."""
+    """Return the seconds of each training step, without those of loading images and of saving."""
     rows = rows_of(run / "metrics.jsonl")
     return [sum(value for name, value in row.items() if name.startswith("seconds/")) for row in rows]
 
@@ -85,14 +103,12 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def row(arm: str, seeds: list[np.ndarray], start: list[np.ndarray], took: list[float], peak: float) -> str:
-    """Write a row of the table: accuracy over all seeds and of each, what it gained over the start, seconds, memory."""
+    """Write a row of the table: accuracy of all photographs, of each seed's, gain over the start, seconds, memory."""
     right, before = np.concatenate(seeds), np.concatenate(start)
     low, high = interval(right)
     cells = [arm, f"{right.mean():.3f} ({low:.3f} to {high:.3f})", ", ".join(f"{one.mean():.3f}" for one in seeds)]
-    if seeds is start:
-        return f"| {' | '.join(cells)} | | | |"
     low, high = interval(right - before)
-    cells += [f"{(right - before).mean():+.3f} ({low:+.3f} to {high:+.3f})"]
+    cells += [f"{(right - before).mean():+.3f} ({low:+.3f} to {high:+.3f})" if arm != "start" else ""]
     return f"| {' | '.join([*cells, ', '.join(f'{one:.0f}' for one in took), f'{peak:.1f}'])} |"
 
 
@@ -110,31 +126,40 @@ def main() -> None:
     parser.add_argument("--start_flags", default=START)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    try:
+        # one_split: without a column of splits the held-out photographs would be those of training.
+        held_out, _ = data.load_examples(data.TASKS["flowers"], str(args.flowers), "val", one_split=False)
+    except data.DataError as error:
+        parser.error(f"--flowers: {error}")
+    names = list(dict.fromkeys(example.category for example in held_out))
+    possible = range(len(names) // args.classes)
+    if len(set(args.seeds)) < len(args.seeds) or not set(args.seeds) <= set(possible):
+        parser.error(f"--seeds {args.seeds}: different ones below {len(possible)} expected, for {len(names)} classes")
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.flowers.resolve(), args.out.resolve(), args.threads)
-    names = list(dict.fromkeys(e.category for e in data.load_examples(data.TASKS["flowers"], args.flowers, "val")[0]))
-    if (max(args.seeds) + 1) * args.classes > len(names):
-        parser.error(f"--seeds {max(args.seeds)}: each seed has {args.classes} of the {len(names)} classes")
-    started = bench.train("start", args.model.resolve(), args.start_flags)
+    start = bench.train("start", args.model.resolve(), args.start_flags)
     found, took, peak = ({arm: [] for arm in ("start", "SFT", "GRPO")} for _ in range(3))
     logged = {}
     for seed in args.seeds:
-        chosen = names[seed * args.classes : (seed + 1) * args.classes]
-        which = ("--categories", ", ".join(f'"{name}"' for name in chosen))
+        classes = names[seed * args.classes : (seed + 1) * args.classes]
+        which = ("--categories", ", ".join(f'"{name}"' for name in classes))
         few = (*which, "--shots", str(args.shots), "--seed", str(seed))
-        grpo = bench.train(f"grpo_{seed}", started / "model", f"{GRPO} --steps {args.steps} --lr {args.grpo_lr}", *few)
+        grpo = bench.train(f"grpo_{seed}", start / "model", f"{GRPO} --steps {args.steps} --lr {args.grpo_lr}", *few)
+        timed = bench.train(f"timing_{seed}", start / "model", f"{SFT} --steps 3 --lr {args.sft_lr}", *few)
+        steps = round(sum(seconds(grpo)) / median(seconds(timed)[1:]))
+        sft = bench.train(f"sft_{seed}", start / "model", f"{SFT} --steps {steps} --lr {args.sft_lr}", *few)
         logged[f"GRPO, seed {seed}"] = rows_of(grpo / "metrics.jsonl")
-        steps = round(sum(seconds(grpo)) / mean(seconds(started)))
-        sft = bench.train(f"sft_{seed}", started / "model", f"{SFT} --steps {steps} --lr {args.sft_lr}", *few)
-        for arm, run in (("start", started), ("SFT", sft), ("GRPO", grpo)):
+        for arm, run in (("start", start), ("SFT", sft), ("GRPO", grpo)):
             found[arm].append(bench.answers(f"{arm.lower()}_{seed}_eval", run / "model", *which))
             took[arm].append(sum(seconds(run)))
             peak[arm].append(json.loads((run / "done.json").read_text())["peak"])
             print(f"seed {seed}, {arm}: {found[arm][-1].mean():.3f} of {len(found[arm][-1])}", flush=True)
-    curves(logged, ("reward/accuracy", "entropy", "zero_variance_groups"), columns=3).savefig(bench.out / "curves.png")
-    print("\n| arm | accuracy | of each seed | gain | s | peak GB |\n|---|---|---|---|---|---|")
-    for arm, answers in found.items():
-        print(row(arm, answers, found["start"], took[arm], max(peak[arm])))
+        lines = [row(arm, answers, found["start"], took[arm], max(peak[arm])) for arm, answers in found.items()]
+        head = "| arm | accuracy | of each seed | gain | s | peak RAM, GB |\n|---|---|---|---|---|---|"
+        write_whole(bench.out / "table.md", "\n".join([head, *lines]) + "\n")
+        shown = ("reward/accuracy", "entropy", "zero_variance_groups")
+        curves(logged, shown, columns=3).savefig(bench.out / "curves.png", dpi=110)
+    print((bench.out / "table.md").read_text(), end="")
 
 
 if __name__ == "__main__":

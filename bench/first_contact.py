@@ -11,11 +11,13 @@ OUT/PART.log.
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,15 +40,20 @@ def to_log(argv: list[str], log: Path, threads: int, kill: Path | None = None) -
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with log.open("a") as file:
-        file.write(f"$ {' '.join(argv[1:])}\n")
+        file.write(f"$ {shlex.join(argv[1:])}\n")
         file.flush()
         process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=file)
-        while kill and not kill.exists() and process.poll() is None:
+        ended = partial(os.waitid, os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # leaves it to wait4
+        while kill and not kill.exists() and not ended():
             time.sleep(0.05)
         if kill:
             process.send_signal(signal.SIGKILL)
-        _, status, usage = os.wait4(process.pid, 0)
-    return status, usage.ru_maxrss * 1024 / 1e9
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except KeyboardInterrupt:  # virft.py has received it too: let it write its checkpoint
+            process.wait()
+            raise
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024 / 1e9
 
 
 class Parts:

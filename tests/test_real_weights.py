@@ -1,17 +1,20 @@
-"""The experiment on real photographs, in small: its projector learns, its arms are what they say, intervals are right."""
+"""The experiment on real photographs, in small: its projector learns, its parts continue, its intervals are right."""
 
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+import data
 import virft
 from bench import few_shot, real_weights
 from demo import shapes
@@ -22,8 +25,26 @@ ROOT = Path(__file__).resolve().parents[1]
 def small_llava() -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     size = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14} | size | {"hidden_size": 16}
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config={"model_type": "llama"} | size))
+    vision = {"model_type": "dinov2", "image_size": 28, "patch_size": 14} | size | {"hidden_size": 16}
+    text = {"model_type": "llama", "vocab_size": 64} | size
+    layers = {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"}  # as real_weights.assemble says
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **layers)).eval()
+
+
+def test_features_are_what_the_projector_reads(tmp_path):
+    model, read = small_llava(), []
+    processor = SimpleNamespace(image_processor=CLIPImageProcessorPil(size={"height": 28, "width": 28}, crop_size=28))
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    example = data.Example("a", (tmp_path / "a.png",), None, "rose", "rose")
+    found = real_weights.features(model, processor, [example, example], crops=2)
+    assert found.shape == (2, 3, 4, 16)
+    pixels = processor.image_processor(images=[Image.fromarray(noise)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        model.get_image_features(pixels, vision_feature_layer=-1, vision_feature_select_strategy="default")
+    torch.testing.assert_close(found[0, :1], read[0])
+    assert not torch.equal(found[0, 1], found[0, 2]) and not torch.equal(found[0, 1], found[1, 1])  # other crops
 
 
 def test_the_projector_learns_classes_that_carry_over():
@@ -87,9 +108,74 @@ def test_a_gain_is_paired_by_photograph():
     assert line.endswith("| 10, 12 | 3.2 |")
 
 
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """A Bench whose commands write a model, or what `leave` says, and are recorded."""
+    commands, leave = [], ["model"]
+
+    def stand_in(argv, log, threads):
+        commands.append(argv)
+        for name in leave:
+            (Path(argv[argv.index("--out") + 1]) / name).mkdir(parents=True, exist_ok=True)
+        log.touch()
+        return 0, 1.5
+
+    monkeypatch.setattr(few_shot, "to_log", stand_in)
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "model.safetensors").touch()
+    return few_shot.Bench(tmp_path, tmp_path, 1), tmp_path / "given", commands, leave
+
+
+def test_a_part_runs_once_and_not_with_other_flags_or_weights(parts):
+    bench, model, commands, _ = parts
+    out = bench.train("sft_0", model, "--steps 3", "--categories", '"a b", c')
+    assert bench.train("sft_0", model, "--steps 3", "--categories", '"a b", c') == out and len(commands) == 1
+    assert commands[0][-6:] == ["--steps", "3", "--save_every", "20", "--categories", '"a b", c']
+    with pytest.raises(SystemExit, match="another command, or from other weights"):
+        bench.train("sft_0", model, "--steps 4", "--categories", '"a b", c')
+    (model / "model.safetensors").touch()
+    with pytest.raises(SystemExit, match="another command, or from other weights"):
+        bench.train("sft_0", model, "--steps 3", "--categories", '"a b", c')
+
+
+def test_an_interrupted_part_continues_at_a_whole_checkpoint_or_begins_anew(parts):
+    bench, model, commands, leave = parts
+    leave[:] = ["checkpoints/step_000020.unfinished"]  # killed while it saved its first
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="grpo_0 did not finish"):
+            bench.train("grpo_0", model, "--steps 40")
+        assert "--resume" not in commands[-1]
+    leave[:] = ["checkpoints/step_000020"]
+    with pytest.raises(SystemExit, match="grpo_0 did not finish"):
+        bench.train("grpo_0", model, "--steps 40")
+    leave[:] = ["model"]
+    out = bench.train("grpo_0", model, "--steps 40")
+    assert commands[-1][-2:] == ["--resume", "true"] and not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "splits, seeds, says",
+    [
+        ([{}], ["0"], "labels.json"),
+        ([{"split": "train"}, {"split": "test"}], ["0", "0"], "below 1 expected"),
+        ([{"split": "train"}, {"split": "test"}], ["1"], "below 1 expected"),
+    ],
+)
+def test_photographs_without_a_split_and_seeds_without_classes_are_refused(splits, seeds, says, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    rows = [{"file": "a.png", "class_name": "rose"} | split for split in splits]
+    (tmp_path / "labels.json").write_text(json.dumps(rows))
+    command = [
+        sys.executable, ROOT / "bench" / "few_shot.py", "--model", tmp_path, "--flowers", tmp_path, "--out",
+        tmp_path / "out", "--classes", "1", "--seeds", *seeds,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and not (tmp_path / "out").exists(), done.stderr
+
+
 @pytest.mark.slow
 def test_few_shot_runs_continues_and_prints_a_table(llava_dir, tmp_path):
-    """Interrupted after the start, it does not run it again; SFT gets about as many seconds as GRPO."""
+    """Its second run finds all parts finished and prints the same table."""
     rng, rows = random.Random(0), []
     for split, count in (("train", 2), ("test", 1)):
         for color in list(shapes.COLORS)[:4]:
@@ -105,6 +191,7 @@ def test_few_shot_runs_continues_and_prints_a_table(llava_dir, tmp_path):
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
+    assert (tmp_path / "out" / "curves.png").exists()
     assert [line.split(" | ")[0] for line in lines[-3:]] == ["| start", "| SFT", "| GRPO"], done.stdout + done.stderr
     model = tmp_path / "out" / "start" / "model" / "model.safetensors"
     made, answered = model.stat().st_mtime_ns, (tmp_path / "out" / "sft_0_eval" / "predictions.jsonl").read_text()
