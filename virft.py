@@ -776,9 +776,12 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
             save_model(run)
     if report and run.main and ro:  # none if a resumed run had no step left
         report.follow(run, ro, run.done)
-    if 2 * run.skipped > run.done:
-        rest = "their gradients were not finite (metric skipped_updates)"
-        raise SystemExit(f"{run.skipped:.0f} of {run.done} steps changed nothing: {rest}")
+    if run.main and run.done:  # counted in the file, which also has the steps before a resume
+        logged = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        skipped = sum(row["skipped_updates"] for row in logged)
+        if 2 * skipped > run.done:
+            rest = "their gradients were not finite (metric skipped_updates)"
+            raise SystemExit(f"{skipped:.0f} of {run.done} steps changed nothing: {rest}")
 
 
 # ================================================================================================
@@ -824,7 +827,6 @@ class Run:
     done: int  # steps that have been taken
     bar: Any = None  # the progress bar of `steps`
     whole: bool = True  # False while a step is partly applied to weights and moments
-    skipped: float = 0.0  # steps whose updates were skipped, see `optimizer_step`
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the current step
     clock: float = field(default_factory=time.perf_counter)  # when the last phase ended
 
@@ -1162,7 +1164,6 @@ def write(run: Run, step: int, metrics: Averages, rows: list[dict]) -> None:
             tqdm.write("the first step taught nothing: within every group all rewards are equal; try --check true")
     run.accelerator.log(row, step=step)
     run.bar.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if name in row})
-    run.skipped += row["skipped_updates"]
     run.done, run.whole = step, True
 
 

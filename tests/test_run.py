@@ -76,9 +76,11 @@ def test_a_run_whose_steps_were_mostly_skipped_says_so_and_fails(llava_dir, shap
     """Two of three gradients are not finite: the model is saved, and the exit status is not 0."""
     plain, norms = torch.nn.utils.clip_grad_norm_, iter([0.5, math.nan, math.inf])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: plain(*args) * 0 + next(norms))
-    flags = command(**SMALL | {"workers": 0}, task="coco", data=shapes_dir, model=llava_dir, out=tmp_path / "run")
-    with pytest.raises(SystemExit, match="2 of 3 steps changed nothing: their gradients were not finite"):
-        virft.main(flags)
+    settings = SMALL | {"workers": 0, "save_every": 3}
+    flags = command(**settings, task="coco", data=shapes_dir, model=llava_dir, out=tmp_path / "run")
+    for again in ((), ("--resume", "true")):  # resumed with no step left, it has not become a good run
+        with pytest.raises(SystemExit, match="2 of 3 steps changed nothing: their gradients were not finite"):
+            virft.main([*flags, *again])
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
