@@ -187,7 +187,7 @@ def test_few_shot_runs_continues_and_prints_a_table(llava_dir, tmp_path):
     command = [
         sys.executable, ROOT / "bench" / "few_shot.py", "--model", llava_dir, "--flowers", tmp_path, "--out",
         tmp_path / "out", "--seeds", "0", "1", "--classes", "2", "--shots", "2", "--steps", "2", "--threads", "1",
-        "--start_flags", few_shot.START.replace("75", "2"),
+        "--start_flags", few_shot.START.replace("75", "2"), few_shot.THEN.replace("30", "2"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()

@@ -311,11 +311,12 @@ def test_the_gradient_of_sft_is_that_of_cross_entropy(make_run):
     assert metrics["cross_entropy"] == pytest.approx(per_token, rel=1e-4)
 
 
-def test_sft_lowers_the_cross_entropy_and_saves_a_model(shapes_dir, tmp_path):
+def test_sft_lowers_the_cross_entropy_and_saves_a_model(shapes_dir, tmp_path, capfd):
     argv = f"--task coco --data {shapes_dir} --model {ROOT / 'demo' / 'model'} --out {tmp_path / 'run'} --sft true"
     virft.main([*argv.split(), *"--steps 8 --prompts_per_step 4 --lr 1e-3 --workers 0".split()])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["cross_entropy"] < 0.7 * rows[0]["cross_entropy"] and rows[0]["loss"] == pytest.approx(-1)
+    assert f"cross_entropy={rows[-1]['cross_entropy']:.3g}" in capfd.readouterr().err  # beside the progress bar
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
