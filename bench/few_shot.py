@@ -10,6 +10,8 @@
    by the median step of the start's second part, which trains as it does. Both train all weights.
 3. The held-out photographs of a seed's classes are answered greedily by the start and by both. 95% intervals are
    bootstrapped over the photographs of all seeds: they say nothing about how a run varies when it is repeated.
+4. The fine-tuned model of the first seed answers the same question about one of two held-out photographs, by the build
+   of mia_dpo.py: how many answers name the other photograph, and whether the attention tells them from right ones.
 
 Every part is a command of virft.py; OUT/commands.log has it with what it printed. OUT/table.md has the table,
 OUT/curves.png the curves of GRPO. A part that is finished is not run again, and one that was interrupted continues at
@@ -32,8 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from bench.first_contact import to_log  # noqa: E402
+from demo.gates import auc, kind_of  # noqa: E402
 from extras.draw import curves  # noqa: E402
 from extras.report import rows_of, write_whole  # noqa: E402
+from rewards import normalize_name  # noqa: E402
 
 COMMON = "--task flowers --think false --max_completion_tokens 20 --workers 0"
 # Another seed than the projector's, so that the language model also meets photographs that are new to the projector.
@@ -45,6 +49,10 @@ START = (
 THEN = "--shots 2 --seed 1 --sft true --lr 2e-5 --steps 30 --warmup_steps 2 --prompts_per_step 8 --micro_batch 8"
 GRPO = "--group_size 8 --prompts_per_step 4 --micro_batch 32 --beta 0 --warmup_steps 2"
 SFT = "--sft true --prompts_per_step 8 --micro_batch 8 --warmup_steps 2"
+BUILD = (
+    "build --task rows --layouts sequence2=1 --answers 4 --max_completion_tokens 20 --batch 8 --selection none "
+    "--min_perplexity 1 --max_length_ratio 100 --min_edit_distance 0 --workers 0"
+)
 EVALUATION = "--eval_only true --prompts_per_step 30"
 
 
@@ -89,6 +97,29 @@ class Bench:
         """Return 1.0 for each held-out photograph that is named rightly by the most probable answer, else 0.0."""
         out = self.virft(name, model, EVALUATION, *more)
         return np.array([row["rewards"]["accuracy"] for row in rows_of(out / "predictions.jsonl")])
+
+
+def two_pictures(bench: Bench, model: Path, examples: list[data.Example]) -> str:
+    """Ask a model about one of two photographs, four answers each; return what came out."""
+    questions, pairs = bench.out / "two_questions.jsonl", bench.out / "two.jsonl"
+    if not pairs.exists():
+        # As it was trained: without a thought; a question about names has no coordinates.
+        question = data.TASKS["flowers"].prompt("", (1000, 1000), "relative", False)
+        rows = [{"image": str(e.images[0]), "problem": question, "solution": e.solution} for e in examples]
+        write_whole(questions, "".join(json.dumps(row) + "\n" for row in rows))
+        shutil.rmtree(pairs.with_suffix(""), ignore_errors=True)
+        argv = [sys.executable, "mia_dpo.py", *BUILD.split(), "--data", str(questions), "--model", str(model)]
+        if to_log([*argv, "--out", str(pairs)], log := bench.out / "commands.log", bench.threads)[0]:
+            raise SystemExit(f"the build failed; the end of {log}:\n{log.read_text()[-3000:]}")
+    names = {e.images[0].name: normalize_name(e.solution) for e in examples}
+    answers = rows_of(pairs.with_suffix("") / "candidates.jsonl")
+    right, wrong = ([a for a in answers if (a["dropped"] == "right") == good] for good in (True, False))
+    other = sum(kind_of(answer, names) == "confusions" for answer in wrong)
+    told = f"AUC {auc(*([a['ratio'] for a in kind] for kind in (right, wrong))):.2f}" if right and wrong else "no AUC"
+    return (
+        f"two photographs: {len(right)} of {len(answers)} answers are right, {other} name the other photograph, "
+        f"{len(wrong) - other} neither; {told} of the attention on the photograph that was asked about"
+    )
 
 
 def seconds(run: Path) -> list[float]:
@@ -162,6 +193,9 @@ def main() -> None:
         shown = ("reward/accuracy", "entropy", "zero_variance_groups")
         curves(logged, shown, columns=3).savefig(bench.out / "curves.png", dpi=110)
     print((bench.out / "table.md").read_text(), end="")
+    first = names[args.seeds[0] * args.classes :][: args.classes]
+    tuned = bench.out / f"sft_{args.seeds[0]}" / "model"
+    print(two_pictures(bench, tuned, [example for example in held_out if example.category in first]))
 
 
 if __name__ == "__main__":

@@ -62,13 +62,17 @@ def chosen_pairs(out: Path, seed: int) -> dict[str, list[dict]]:
     return {arm: lot.sample(of_kind, count) for arm, of_kind in kinds.items()}
 
 
+def auc(right: list[float], wrong: list[float]) -> float:
+    """Return how often a number of `right` is larger than one of `wrong`; equal ones count half."""
+    return float(np.mean([(r > w) + (r == w) / 2 for r in right for w in wrong]))
+
+
 def of_the_attention(out: Path, layout: str) -> tuple[float, float]:
     """Return the AUC of the share of attention for right answers, and the share of its variance within questions."""
     rows = [c for c in rows_of(out / "all" / "candidates.jsonl") if c["layout"] == layout]
     right, wrong = ([c["ratio"] for c in rows if c["dropped"] == kind] for kind in ("right", None))
-    larger = np.mean([(r > w) + (r == w) / 2 for r in right for w in wrong])
     questions = [[c["ratio"] for c in same] for _, same in itertools.groupby(rows, lambda c: c["number"])]
-    return float(larger), float(np.mean(list(map(np.var, questions))) / np.var(np.concatenate(questions)))
+    return auc(right, wrong), float(np.mean(list(map(np.var, questions))) / np.var(np.concatenate(questions)))
 
 
 def accuracy(model: Path, data: Path, out: Path) -> float:

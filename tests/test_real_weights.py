@@ -173,6 +173,21 @@ def test_photographs_without_a_split_and_seeds_without_classes_are_refused(split
     assert done.returncode == 2 and says in done.stderr and not (tmp_path / "out").exists(), done.stderr
 
 
+def test_what_is_said_about_two_pictures(parts):
+    """Two right answers, one that names the other photograph, one that names neither."""
+    bench, model, _, _ = parts
+    examples = [data.Example(n, (Path(f"{n}.png"),), None, n, n) for n in ("Rose", "Tulip")]
+    rows = [("rose", "right", 0.9), ("tulip", None, 0.4), ("aster", "repeated", 0.9), ("rose", "right", 0.6)]
+    (bench.out / "two").mkdir()
+    (bench.out / "two.jsonl").touch()
+    with (bench.out / "two" / "candidates.jsonl").open("w") as file:
+        for answer, dropped, ratio in rows:
+            row = {"rejected": f"<answer>{answer}</answer>", "dropped": dropped, "ratio": ratio, "target": 0}
+            file.write(json.dumps(row | {"image": ["Rose.png", "Tulip.png"]}) + "\n")
+    found = few_shot.two_pictures(bench, model, examples)
+    assert "2 of 4 answers are right, 1 name the other photograph, 1 neither; AUC 0.62" in found  # 2.5 of 4 comparisons
+
+
 @pytest.mark.slow
 def test_few_shot_runs_continues_and_prints_a_table(llava_dir, tmp_path):
     """Its second run finds all parts finished and prints the same table."""
@@ -192,6 +207,7 @@ def test_few_shot_runs_continues_and_prints_a_table(llava_dir, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     assert (tmp_path / "out" / "curves.png").exists()
+    assert lines.pop().startswith("two photographs: ")
     assert [line.split(" | ")[0] for line in lines[-3:]] == ["| start", "| SFT", "| GRPO"], done.stdout + done.stderr
     model = tmp_path / "out" / "start" / "model" / "model.safetensors"
     made, answered = model.stat().st_mtime_ns, (tmp_path / "out" / "sft_0_eval" / "predictions.jsonl").read_text()
