@@ -850,7 +850,7 @@ def epoch_order(seed: int, round: int, epoch: int, examples: int) -> list[int]:
     return random.Random(f"{seed}/{round}/{epoch}").sample(range(examples), examples)
 
 
-def whole(prompts: list[Prompt | DataError]) -> list[Prompt]:
+def sound(prompts: list[Prompt | DataError]) -> list[Prompt]:
     """Return the prompts of a batch, in the main process. Raises the first error among them."""
     if bad := next((prompt for prompt in prompts if isinstance(prompt, DataError)), None):
         raise DataError(f"{bad}. --skip_bad_images true leaves such examples out")

@@ -15,9 +15,9 @@ Train a vision-language model with GRPO (arXiv 2402.03300) on rewards that a pro
 What differs from Visual-RFT's paper and its released code, and why:
 
   - A prompt and its image are encoded once per group, not G times, in sampling, in the reference pass and in
-    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies. One exception: models
-    with linear attention or convolutions repeat the prompt per completion in training: gradients do not pass through
-    their cache, and in the reference pass, which uses the same code.
+    training: `prefill` runs the prompt, `fork` copies its cache, `branch` continues the copies. Exception: models with
+    linear attention or convolutions repeat the prompt per completion in the training and reference passes, because
+    their cache is not differentiable.
   - The sampling loop is our own. `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1, which gives
     G identical answers), and tokens must be drawn from the distribution whose log-probabilities are trained.
 
@@ -25,11 +25,11 @@ What differs from Visual-RFT's paper and its released code, and why:
     accelerate launch virft.py --task coco --data DIR --model NAME       # COCO on disk
     bash run.sh                                                          # offline demo, no GPU
 
-This file trains with rewards.py and data.py alone. Optional features are in extras/ and are imported when used:
-without that folder `extra(name, flag)` raises an error that names the flag, and `extra(name)` returns None.
+This file trains with rewards.py and data.py alone. Optional features are in extras/, and `extra(name)` imports one, or
+returns None where that folder is missing. Then flags that need it (`needs=` in Config) end the run with an error.
 
 To add a reward: REWARDS in rewards.py. A task: TASKS in data.py. A normalization: NORMALIZATIONS. A ratio: RATIOS.
-A metric: `rollout_metrics` or `update`. A setting: Config, and mia_dpo.TrainConfig if the sibling method reads it.
+A metric: `rollout_metrics` or `update`. A setting: Config, and mia_dpo.TrainConfig if DPO reads it too.
 
 Shapes in comments: B prompts, G completions per prompt, P prompt tokens, C completion tokens, V vocabulary, and
 N = B * G rows in this order: prompt 0 completion 0, prompt 0 completion 1, ...
@@ -74,7 +74,10 @@ from rewards import answer_shares, asked_for, choose_rewards, reward_weights, sc
 
 
 def setting(default: Any, help: str, heading: str | None = None, **rules) -> Any:
-    """Declare a field of Config. rules: bounds (least, above, below) or choices; heading: starts a group in --help."""
+    """Declare a field of Config; heading: starts a group in --help.
+
+    rules: bounds (least, above, below); choices; needs: the module of extras/ that any value but the default needs.
+    """
     usual = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**usual, metadata={"help": help, "heading": heading, "rules": rules})
 
@@ -99,14 +102,14 @@ class Config:
     coordinates: str = setting("auto", "coordinates of the model; relative: 0..1000", choices=("auto", *CONVENTIONS))
     think: bool = setting(True, "ask for <think> before <answer>; false: answer alone, also in the format reward")
     system_prompt: str | None = setting(None, "system message before each question")
-    template_options: list[str] = setting([], "NAME=VALUE for the chat template, as enable_thinking=false")
-    processor_options: list[str] = setting([], "NAME=VALUE for the image processor, as max_patches=4")
+    template_options: list[str] = setting([], "chat template's settings, as enable_thinking=false", needs="processors")
+    processor_options: list[str] = setting([], "image processor's settings, as max_patches=4", needs="processors")
 
     rewards: list[str] = setting([], "NAME=WEIGHT, as iou=1 my.py:my_reward=2; default: the task's", "The algorithm")
     iou_threshold: list[float] = setting([0.5], "a box is found above this; several: one per phase", least=0, below=1)
-    normalize: str = setting("sum", "what is normalized in a group: rewards' sum or each", choices=("sum", "each"))
-    resample: int = setting(0, "rounds in which groups of equal rewards are replaced by fresh prompts", least=0)
-    sft: bool = setting(False, "train on the right answers (supervised, without sampling), to compare with")
+    normalize: str = setting("sum", "normalize the rewards' sum or each", choices=("sum", "each"), needs="variants")
+    resample: int = setting(0, "rounds of replacing groups of equal rewards by new prompts", least=0, needs="variants")
+    sft: bool = setting(False, "train on the right answers, supervised, to compare with GRPO", needs="variants")
     group_size: int = setting(8, "completions per prompt, G; they are compared with each other", least=2)
     max_completion_tokens: int = setting(512, "maximum tokens of a completion; longer ones are truncated", least=2)
     temperature: float = setting(1.0, "temperature of sampler and scorer alike", above=0)
@@ -118,43 +121,44 @@ class Config:
     mask_truncated: bool = setting(False, "exclude truncated completions from the loss, not from their group's mean")
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
-    prompts_per_step: int = setting(16, "prompts of a step over all processes; batch size of evaluation", least=1)
-    micro_batch: int = setting(0, "completions per training pass; 0: one group (G); N x G: N groups together", least=0)
+    prompts_per_step: int = setting(16, "prompts per step, over all processes; also evaluation's batch size", least=1)
+    micro_batch: int = setting(0, "completions per training pass; 0: one group (G); k x G: k groups together", least=0)
     lr: float | None = setting(None, "learning rate, decaying to 0; default 1e-6, with --lora_rank 1e-5", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
 
-    lora_rank: int = setting(0, "rank of adapters on the language model; 0: none", "Memory and several GPUs", least=0)
-    freeze_vision: bool = setting(False, "train the language model only; implied by --lora_rank")
-    adam_bits: int = setting(32, "bits of each moment of AdamW; 8 needs bitsandbytes", choices=(32, 8))
-    shard: bool = setting(False, "divide weights, gradients and optimizer among the processes (FSDP2)")
+    lora_rank: int = setting(0, "rank of LoRA adapters; 0: none", "Memory and several GPUs", least=0, needs="adapters")
+    freeze_vision: bool = setting(False, "train the language model only; --lora_rank does too", needs="adapters")
+    adam_bits: int = setting(32, "bits of AdamW's moments; 8 needs bitsandbytes", choices=(32, 8), needs="memory")
+    shard: bool = setting(False, "divide weights, gradients and optimizer among processes (FSDP2)", needs="shards")
     workers: int = setting(2, "processes per GPU that open and resize images ahead of the step", least=0)
 
-    save_every: int = setting(0, "steps between checkpoints; 0: only when interrupted", "Interruptions", least=0)
-    resume: bool = setting(False, "continue the run in --out from its newest checkpoint")
+    save_every: int = setting(
+        0, "steps between checkpoints; 0: only when interrupted", "Interruptions", least=0, needs="checkpoints"
+    )
+    resume: bool = setting(False, "continue the run in --out from its newest checkpoint", needs="checkpoints")
 
-    check: bool = setting(False, "sample 16 examples, say what looks wrong, and stop", "Seeing what happens")
-    ask: str | None = setting(None, "picture to answer --categories about; print, draw, and stop")
-    eval_only: bool = setting(False, "evaluate --model on the validation split and stop")
-    eval_every: int = setting(0, "steps between evaluations; 0: none", least=0)
+    check: bool = setting(False, "sample 16 examples, say what looks wrong, stop", "Seeing what happens", needs="check")
+    ask: str | None = setting(None, "picture to answer --categories about; print, draw, and stop", needs="check")
+    eval_only: bool = setting(False, "evaluate --model on the validation split and stop", needs="evaluate")
+    eval_every: int = setting(0, "steps between evaluations; 0: none", least=0, needs="evaluate")
     eval_limit: int | None = setting(None, "evaluate on this many examples, chosen by seed; default: all", least=1)
-    eval_categories: str = setting("gt", "categories asked for per image", choices=("gt", "all", "listed"))
+    eval_categories: str = setting("gt", "categories asked for (gt: those shown)", choices=("gt", "all", "listed"))
     report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
 
 
 AUTOCAST = "cuda"  # devices that compute in bf16; tests rehearse a GPU's dtypes with "cpu"
-FLOAT32_BLOCK = 2**22  # logits that are float32 at once: 16 MiB, or a 32nd of all if that is more, see `token_logps`
+FLOAT32_BLOCK = 2**22  # least logits that `token_logps` turns to float32 at once: 16 MiB
 LOOK_EVERY = 16  # tokens after which the sampler checks which rows have ended; each check synchronizes with the GPU
-MAX_GRAD_NORM = 1.0  # the paper's
-ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}  # the paper's
+MAX_GRAD_NORM = 1.0  # Visual-RFT's, as are AdamW's settings
+ADAM = {"betas": (0.9, 0.999), "weight_decay": 0.0}
 REPORT_EVERY = 50  # steps after which OUT/report.html is written anew, as it is at evaluations and checkpoints
 
 
 # ================================================================================================
-# The algorithm, in the order in which it happens.
+# The algorithm: first functions of tensors, by the numbers of the list at the top, then the step that calls them.
 #
-# Each pass encodes a prompt once for all its completions. Differences between model families are detected from
-# attributes of the model and its cache, never from the model's name.
+# Differences between model families are detected from attributes of the model and its cache, never from its name.
 
 
 class Prefix(NamedTuple):
@@ -171,8 +175,8 @@ def prefill(model: nn.Module, inputs: dict[str, Tensor]) -> Prefix:
     """Run B left-padded prompts and their images through the model, once for all their completions."""
     mask = inputs["attention_mask"]  # [B, P]
     # Positions must not count padding. Models with three rotary axes (Qwen-VL, GLM-V) compute theirs from mask and
-    # image grids. rope_deltas is (next position) minus (number of tokens): an image has fewer positions than tokens.
-    # This relies on every prompt having an image: for text alone the model would keep an earlier prompt's rope_deltas.
+    # image grids, and keep rope_deltas = (next position) - (number of tokens), because an image has fewer positions
+    # than tokens. Every prompt must contain an image: for text alone they would keep the rope_deltas of an earlier one.
     rope = next((part for part in model.modules() if hasattr(part, "rope_deltas")), None)
     positions = {} if rope else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     out = model(**inputs, **positions, use_cache=True, logits_to_keep=1)
@@ -273,7 +277,7 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     """
     text = model.config.get_text_config()
     kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None) or 2**31
-    # A sliding layer has cached its last keys only, so its mask is cut on the left.
+    # Sliding layers, which hold the fewest keys, cached the last ones only: their mask is cut on the left.
     keys = min(layer.keys.shape[-2] for layer in cache.layers if isinstance(layer, StaticLayer))
     near = (mask & (torch.arange(mask.shape[1], device=mask.device) > column - window))[:, -keys:]
     masks = {"full_attention": mask[:, None, None], "sliding_attention": near[:, None, None]}
@@ -283,7 +287,7 @@ def visible(model: nn.Module, cache: Any, mask: Tensor, column: Tensor) -> Tenso
     masks["linear_attention"] = masks["conv"] = None
     if unknown := kinds - masks.keys():
         raise SystemExit(f"{type(model).__name__} has layers of {', '.join(unknown)}, whose mask is not known here")
-    # A config without layer types has one kind of layer. Its mask is `near`, which without a window equals `mask`.
+    # A config without layer types has one kind of layer, with a window if the config has one; else near equals mask.
     by_kind = {kind: masks[kind] for kind in kinds or {"sliding_attention"}}
     return by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
 
@@ -408,7 +412,7 @@ def completion_logps(
     model: nn.Module, prompts: Any, rows: Tensor, ids: Tensor, temperature: float, forbidden: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return log pi_theta(o_t | q, o_<t) and entropy, both [n, C], of ids [n, C]; row i continues prompt rows[i]."""
-    if not isinstance(prompts, Prefix):  # linear attention: `Run.chunks` makes one chunk, so ids are all completions
+    if not isinstance(prompts, Prefix):  # linear attention: ids must be all completions, and `Run.chunks` sees to it
         return token_logps(prompts.logits(model, ids), ids, temperature, forbidden)
     prefix = fork(prompts, rows)
     first = token_logps(prefix.logits[:, None], ids[:, :1], temperature, forbidden)  # the prompt predicts it
@@ -416,14 +420,16 @@ def completion_logps(
     return torch.cat([first[0], rest[0]], 1), torch.cat([first[1], rest[1]], 1)
 
 
-def shares_prompt(model: nn.Module) -> bool:
-    """Return whether the cache is differentiable. Linear attention and convolutions overwrite a state in it."""
+def cache_is_differentiable(model: nn.Module) -> bool:
+    """Return whether gradients pass through the cache: not if linear attention or convolutions overwrite a state."""
     return not any(hasattr(layer, "recurrent_states") for layer in DynamicCache(config=model.config).layers)
 
 
 def encode(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
     """Encode B prompts for scoring; with linear attention return an object that repeats the prompt per completion."""
-    return prefill(model, inputs) if shares_prompt(model) else extra("repeated", "linear attention").Prompts(inputs)
+    if cache_is_differentiable(model):
+        return prefill(model, inputs)
+    return extra("repeated", "a model with linear attention").Prompts(inputs)
 
 
 def chunked_logps(
@@ -449,8 +455,8 @@ def two_stage_backward(
     Each chunk of completions runs forward, then backward, before the next one starts; gradients add up in the leaves.
     Stage 2 backpropagates the leaves' gradients through the prompts and their images. The result is the gradient of one
     large graph, while memory holds the graphs of the prompts and of one chunk. The caller holds one autocast context
-    around all of it, so each weight is cast once and all chunks backpropagate through that cast. This works without
-    retain_graph, because a cast saves no tensors for its backward.
+    around all of it: chunks share one bf16 cast of each weight, and backpropagate through it one after the other, which
+    needs no retain_graph, because a cast saves no tensors.
     The model is in eval mode here too: with dropout the scorer would not be the policy that sampled (`load_model`).
 
     ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
@@ -514,8 +520,8 @@ def clipped_ratio(
     rho = torch.where(mask, logp - logp_old, 0.0).exp()  # masked before exp: on padding, inf * 0 would be NaN
     unclipped, clipped = rho * A, rho.clamp(1 - eps[0], 1 + eps[-1]) * A  # eps may be one number for both sides
     # If A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, the minimum is the clipped constant: gradient 0. Otherwise
-    # it is rho A, so a move in the bad direction is always corrected. Where both are equal, as at rho = 1,
-    # `minimum` gives half of the gradient to each argument; within the clip range both halves flow to rho and add up.
+    # it is rho A, so a move in the bad direction is always corrected. Where both are equal, as at rho = 1, `minimum`
+    # halves the gradient between its arguments; both depend on rho there, so it gets the whole.
     loss = -torch.minimum(unclipped, clipped)
     return loss, clipped < unclipped
 
@@ -530,8 +536,8 @@ def grpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the sum over tokens of weight * (ratio loss + beta KL) and, per token [N, C], the KL and what was clipped.
 
-    logp, logp_old, logp_ref [N, C]: of pi_theta, of the policy that sampled, of the reference (None: no KL term);
-    advantages [N]; mask, weights [N, C]: the tokens that count and how much, see NORMALIZATIONS.
+    logp, logp_old, logp_ref [N, C]: of pi_theta, of pi_old (the policy that sampled, scored like pi_theta), of pi_ref
+    (None: no KL term); advantages [N]; mask, weights [N, C]: the tokens that count and how much, see NORMALIZATIONS.
     """
     loss, clipped = RATIOS[RATIO](logp, logp_old, advantages[:, None], mask, eps)
     reference = logp if logp_ref is None else logp_ref  # no reference: KL 0, gradient 0
@@ -558,17 +564,17 @@ class Rollout(NamedTuple):
 
     def rows(self, step: int) -> list[dict]:
         """Return a line of rollouts.jsonl for each completion."""
-        names = ("reward", "advantage", "tokens")
-        numbers = zip(self.rewards.flatten().tolist(), self.advantages.tolist(), self.mask.sum(1).tolist())
-        return [
-            {"step": step, "id": self.prompts[i // self.rewards.shape[1]].example.id, "completion": self.texts[i]}
-            | dict(zip(names, row)) | {"rewards": {name: part.flatten()[i].item() for name, part in self.parts.items()}}
-            for i, row in enumerate(numbers)
-        ]  # fmt: skip
+        G, lengths, rows = self.rewards.shape[1], self.mask.sum(1).tolist(), []
+        for i, text in enumerate(self.texts):
+            row = {"step": step, "id": self.prompts[i // G].example.id, "completion": text}
+            row |= {"reward": self.rewards.flatten()[i].item(), "advantage": self.advantages[i].item()}
+            row |= {"tokens": lengths[i], "rewards": {name: r.flatten()[i].item() for name, r in self.parts.items()}}
+            rows.append(row)
+        return rows
 
 
 class MicroBatch(NamedTuple):
-    """Prompts that are encoded together in training, with their n completions. DPO uses the first four fields."""
+    """Prompts that are encoded together in training, with their n completions. DPO leaves out what has a default."""
 
     prompts: list[Prompt]
     inputs: dict[str, Tensor]
@@ -585,12 +591,12 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
     """Take items 2 to 4 of the list at the top: sample, reward, compare. A group is never split among processes."""
     cfg, ro = run.cfg, sampled(run, prompts, step)
     if cfg.resample:
-        ro = extra("variants", "--resample").resample(run, ro, step, sampled)
-    scale = cfg.loss != "dr_grpo" if cfg.scale_advantages == "auto" else cfg.scale_advantages == "true"
+        ro = extra("variants").resample(run, ro, step, sampled)
+    scale = cfg.scale_advantages == "true" or cfg.scale_advantages == "auto" and cfg.loss != "dr_grpo"
     # Truncated completions stay in the group's mean. They usually earn little: without them the mean would rise, and
     # the advantage of completions that ended would fall.
     if cfg.normalize == "each":
-        advantages = extra("variants", "--normalize each").normalize_each(run, ro.parts, scale, group_advantages)
+        advantages = extra("variants").normalize_each(run, ro.parts, scale, group_advantages)
     else:
         advantages = group_advantages(ro.rewards, scale)
     run.lap("reward")
@@ -598,7 +604,7 @@ def rollout(run: "Run", prompts: list[Prompt], step: int) -> Rollout:
 
 
 def sampled(run: "Run", prompts: list[Prompt], step: int, round: int = 0) -> Rollout:
-    """Sample G completions of each prompt and score them (items 2 and 3); round: see data.draw_examples."""
+    """Sample G completions of each prompt and score them (items 2 and 3); round: 0, or the round of --resample."""
     cfg, G = run.cfg, run.cfg.group_size
     with run.sampling(), run.gathered():
         # The slot is in the key because with few examples one can come twice in a step, and the round because
@@ -645,7 +651,7 @@ def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
         A, inputs = ro.advantages[rows], run.collate(prompts)
         old = torch.zeros_like(logp)
         parts.append(MicroBatch(prompts, inputs, ids, mask, w, A, logp_sampled=logp, logp_old=old))
-    # Scored after all are copied to the GPU, because each copy waits for the work that is queued there.
+    # The reference runs after all inputs are copied to the GPU: a copy waits for the work that is queued there.
     return [batch._replace(logp_ref=run.reference_logps(batch)) for batch in parts], divisor
 
 
@@ -667,13 +673,13 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                 if epoch == 0:
                     # The policy has not moved since it sampled, so its detached logp is log pi_old: no second forward.
                     # rho is then 1, and the "grpo" loss about 0 (plus beta KL), because the advantages of a group add
-                    # up to 0. Its gradient, the mean of -A grad log pi_theta, is not 0.
+                    # up to 0 if none is masked. Its gradient, the mean of -A grad log pi_theta, is not 0.
                     batch.logp_old[rows] = logp.detach()
                 mask, logp_ref = batch.mask[rows], None if batch.logp_ref is None else batch.logp_ref[rows]
-                gap = (batch.logp_old[rows] - batch.logp_sampled[rows]).abs()  # logp moves from the second epoch on
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
+                gap = (old - batch.logp_sampled[rows]).abs()  # of the same policy: logp moves from the second epoch on
                 loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
-                metrics.add("loss", loss.detach(), 0)  # its count is the divisor, added once per epoch below
+                metrics.add("loss", loss.detach(), 0)  # a mean over the divisor, which is added once per epoch below
                 found = {"kl": kl, "clip_fraction": clipped, "entropy": entropy}
                 found |= {"cross_entropy": -old} if cfg.sft else {"sampler_gap": gap}
                 for name, values in found.items():
@@ -691,13 +697,13 @@ def update(run: "Run", ro: Rollout) -> "Averages":
 def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
     """Return the metrics of what was sampled; `update` adds those of the loss."""
     lengths, N = ro.mask.sum(1), len(ro.texts)
-    same = (ro.rewards == ro.rewards[:, :1]).all(1)  # advantages 0: nothing to learn but the KL term
+    same = (ro.rewards == ro.rewards[:, :1]).all(1)  # advantages 0 (but not by --normalize each): only the KL term acts
     values = [("reward", ro.rewards), *((f"reward/{name}", part) for name, part in ro.parts.items())]
     if not run.cfg.sft:
         values += [("reward_std", ro.rewards.std(1)), ("zero_variance_groups", same)]  # per group
     values += [("completion_tokens", lengths), ("truncated", ro.truncated)]
     metrics = Averages()
-    if run.cfg.resample:
+    if run.cfg.resample:  # a number over all processes; `reduce` averages, hence the factor here and below
         metrics.put("resampled_groups", ro.thrown_away * run.accelerator.num_processes)
     if len(run.cfg.iou_threshold) > 1:
         metrics.put("iou_threshold", run.threshold(run.done + 1))
@@ -705,7 +711,7 @@ def rollout_metrics(run: "Run", ro: Rollout) -> "Averages":
         metrics.put(name, value.sum(), value.numel())
     for name, share in answer_shares(ro.texts, run.prompts.task.parse).items():
         metrics.put(name, share * N, N)
-    # `reduce` adds up tokens and seconds over processes, which sample at the same time: hence the factor.
+    # Processes sample at the same time: their tokens add up, their seconds do not.
     metrics.put("tokens_per_second", lengths.sum() * run.accelerator.num_processes, run.seconds.get("sample", 0))
     return metrics
 
@@ -722,8 +728,8 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
     norm = float(norm.full_tensor() if run.cfg.shard else norm)
     finite = math.isfinite(norm)  # the norm of summed gradients: the same on every process, so all decide alike
     if finite:
-        # From here until `write` the step is partly applied, and checkpoints hold whole steps: an error in between
-        # saves the model only.
+        # From here until `write` the step is partly applied. A checkpoint holds whole steps, so an error in between
+        # saves the model instead.
         run.whole = False
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -735,9 +741,10 @@ def optimizer_step(run: "Run", metrics: "Averages") -> None:
 def exchange_gradients(parameters: list[nn.Parameter]) -> None:
     """All-reduce the sum of every gradient, once per optimizer step. Beside the divisor, data parallelism is just this.
 
-    DDP would exchange after each of the many backward passes, and average. The processes load the same weights and take
-    the same steps, so they stay equal. A gradient may exist on some processes only (of an expert that no token reached,
-    for example), and a process that left out a call would make the others wait: so they first agree which exist.
+    DDP would average, exchange in every backward pass that `no_sync` does not exempt, and wrap the model. The processes
+    load the same weights and take the same steps, so they stay equal. A gradient may exist on some processes only (of
+    an expert that no token reached, for example), and a process that left out a call would make the others wait: so
+    they first agree which exist.
     A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The calls
     are asynchronous and tensor by tensor: flattened into one tensor the gradients would be in memory twice.
     """
@@ -763,11 +770,11 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
             write(run, step, metrics, ro.rows(step))
             evaluates = bool(held_out) and due(step, cfg.eval_every)
             if evaluates:
-                extra("evaluate", "--eval_every").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
+                extra("evaluate").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
             stop = stopping()
             saves = stop or due(step, cfg.save_every)
             if saves:
-                extra("checkpoints", "--save_every").save(run)
+                extra("checkpoints").save(run)
             if stop:
                 break
             if report and run.main and step < cfg.steps and (evaluates or saves or due(step, REPORT_EVERY)):
@@ -811,7 +818,7 @@ class Averages(dict):
 
 @dataclass
 class Run:
-    """What the functions of a run share; complete once it is built."""
+    """What the functions of a run share."""
 
     cfg: Any
     accelerator: Accelerator
@@ -868,25 +875,25 @@ class Run:
 
     def gathered(self):
         """Gather shards once for everything inside, not at every token."""
-        return extra("shards", "--shard").gathered(self.model) if self.cfg.shard else contextlib.nullcontext()
+        return extra("shards").gathered(self.model) if self.cfg.shard else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def sampling(self):
         """Set the model up for `sample`: no gradients, bf16 on GPUs, and SDPA, which takes the masks of `visible`."""
-        flash = extra("flash")
+        flash = extra("flash")  # flash-attn, where it is installed, serves training and the reference pass only
         with torch.no_grad(), self.autocast(), flash.paused(self.model) if flash else contextlib.nullcontext():
             yield
 
-    def chunks(self, batch: MicroBatch, unit: int = 1) -> Sequence[Tensor]:
-        """Divide a micro-batch into chunks of --micro_batch rows; `unit` rows stay together (DPO's pairs)."""
-        rows, size = torch.arange(len(batch.ids), device=self.device), max(unit, self.cfg.micro_batch // unit * unit)
-        return rows.split(size) if self.cfg.micro_batch and shares_prompt(self.model) else [rows]
+    def chunks(self, n: int, unit: int = 1) -> Sequence[Tensor]:
+        """Divide n rows of a micro-batch into chunks of --micro_batch; `unit` rows stay together (DPO's pairs)."""
+        rows, size = torch.arange(n, device=self.device), max(unit, self.cfg.micro_batch // unit * unit)
+        return rows.split(size) if self.cfg.micro_batch and cache_is_differentiable(self.model) else [rows]
 
     def backward(self, batch: MicroBatch, loss_of: Callable[..., Tensor], unit: int = 1) -> None:
-        # Run backward in this thread. In autograd's own thread each recomputed block would enter and leave the
-        # outermost autocast, which empties the shared cache of casts: the next chunk would cast every weight again.
+        # Backward runs in this thread, inside this autocast. In a thread of its own every recomputed block would open
+        # an outermost autocast, whose end clears the cache of casts: the next chunk would cast all weights again.
         with self.autocast(), torch.autograd.set_multithreading_enabled(False):
-            chunks = self.chunks(batch, unit)
+            chunks = self.chunks(len(batch.ids), unit)
             two_stage_backward(self.model, batch.inputs, batch.ids, chunks, loss_of, **self.distribution)
 
     def reference_logps(self, batch: MicroBatch) -> Tensor | None:
@@ -895,7 +902,7 @@ class Run:
             return None
         off = self.adapters.disable_adapter() if self.adapters else contextlib.nullcontext()
         with self.autocast(), off:
-            model, chunks = self.reference or self.model, self.chunks(batch)
+            model, chunks = self.reference or self.model, self.chunks(len(batch.ids))
             return chunked_logps(model, batch.inputs, batch.ids, chunks, **self.distribution)
 
     def lap(self, phase: str) -> None:
@@ -913,8 +920,8 @@ class Run:
         drawn = [data.draw_examples(cfg.seed, examples, cfg.prompts_per_step, step, 0, slots) for step in todo]
         loader = DataLoader(self.prompts, batch_sampler=drawn, collate_fn=list, num_workers=cfg.workers)
         self.bar = tqdm(loader, initial=self.done, total=cfg.steps, disable=not self.main, dynamic_ncols=True)
-        for prompts, step in zip(self.bar, todo):  # in this order the bar counts the last step too
-            for flaw in {flaw for prompt in data.whole(prompts) for flaw in prompt.skipped} - seen:
+        for prompts, step in zip(self.bar, todo):  # the bar first: only so it is asked for an end, and closes at 100%
+            for flaw in {flaw for prompt in data.sound(prompts) for flaw in prompt.skipped} - seen:
                 tqdm.write(f"skipped: {flaw}")
                 seen.add(flaw)
             self.seconds.clear()
@@ -976,7 +983,7 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
         raise SystemExit(f"model {cfg.model} has no image processor: it reads text only")
     images = processor.image_processor
     if cfg.processor_options:
-        extra("processors", "--processor_options").configure(images, cfg.processor_options)
+        extra("processors").configure(images, cfg.processor_options)
     if not data.show_whole_images(images, cfg.max_pixels) and cfg.max_pixels != Config.max_pixels:
         say(f"{type(images).__name__} has no limit in pixels: --max_pixels changes nothing; see --processor_options")
     if look := extra("processors"):
@@ -989,12 +996,12 @@ def load_processor(cfg: Any, coordinates: str) -> tuple[Any, str, int]:
             say(f"model type {kind} is not known: coordinates are 0..1000; see --coordinates")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     if coordinates == "pixels":
-        data.seen_size(images, (640, 427))  # now, not at every example: raises DataError where it does not tell
+        data.seen_size(images, (640, 427))  # fails here, not at the first example, if the processor tells no sizes
     return processor, coordinates or "relative", positions
 
 
 def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that end a completion, the model's and the template's, and placeholder ids it may not contain."""
+    """Return ids that end a completion (the model's and the template's), and placeholder ids, which are forbidden."""
     text, tokenizer = model.config.get_text_config(), processor.tokenizer
     configured = (model.generation_config.eos_token_id, text.eos_token_id, tokenizer.eos_token_id)
     configured += (data.turn_end(processor),)
@@ -1051,11 +1058,11 @@ def build(
     bf16, shard, memory, graph = device.type == AUTOCAST, trains and cfg.shard, extra("memory"), extra("graph")
     flash = extra("flash")
     if trains and cfg.resume:
-        saved = extra("checkpoints", "--resume").find(cfg, prompts.examples)
+        saved = extra("checkpoints").find(cfg, prompts.examples)
     if device.type == "cuda" and memory:
         config, has = pretrained(transformers.AutoConfig, cfg.model), torch.cuda.get_device_properties(device)
         n = accelerator.num_processes
-        say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen, has.total_memory))
+        say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen=cast_frozen, room=has.total_memory))
 
     def placed(model: nn.Module) -> nn.Module:
         """Store frozen weights compactly, choose the attention and, with --shard, divide the weights."""
@@ -1064,31 +1071,32 @@ def build(
         if flash and trains:
             flash.use(model, device)
         if shard:
-            extra("shards", "--shard").shard(model, torch.bfloat16 if bf16 else None)
+            extra("shards").shard(model, torch.bfloat16 if bf16 else None)
         return model
 
     source = saved.model if saved and not cfg.lora_rank else cfg.model
-    # For evaluation, and below LoRA adapters, weights are loaded in the dtype of the checkpoint: half of the memory.
-    dtype = torch.float32 if not bf16 or trains and not cfg.lora_rank else "auto"
+    # On GPUs weights that stay as they are (evaluation, LoRA's base) are loaded in the dtype of the checkpoint: half of
+    # the memory. A LoRA run's reference is the same model, so nothing is rounded differently in the two.
+    dtype = "auto" if bf16 and (cfg.lora_rank or not trains) else torch.float32
     model = load_model(source, dtype, device).requires_grad_(trains)
     if trains:
         if getattr(model, "hf_quantizer", None):
             raise SystemExit(f"model {source} is quantized: it cannot be trained and saved; take the original weights")
         if cfg.lora_rank:
-            adapters = extra("adapters", "--lora_rank").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
+            adapters = extra("adapters").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
         elif cfg.freeze_vision:
-            extra("adapters", "--freeze_vision").freeze_vision(model)
-        # Where memory counts: on GPUs, or where --micro_batch says so. 5 GB less for 2B (by the formula).
+            extra("adapters").freeze_vision(model)
+        # Where memory counts: on GPUs, or where --micro_batch says so.
         if memory and (bf16 or cfg.micro_batch):
             memory.checkpoint_vision(model)
     placed(model)
     if trains:
         if cfg.beta and not adapters:
-            # Load it in float32 like the policy, then cast: loading in bf16 would round buffers too.
+            # Loaded in float32 like the policy, then cast: loaded in bf16, its buffers would differ from the policy's.
             reference = placed(load_model(cfg.model, torch.float32, device).requires_grad_(False))
         trained = [p for p in model.parameters() if p.requires_grad]
         if cfg.adam_bits == 8:
-            optimizer = extra("memory", "--adam_bits 8").adamw_8bit(trained, lr=cfg.lr, **ADAM)
+            optimizer = extra("memory").adamw_8bit(trained, lr=cfg.lr, **ADAM)
         else:
             optimizer = torch.optim.AdamW(trained, lr=cfg.lr, **ADAM, fused=True)
         if saved:
@@ -1113,7 +1121,7 @@ def start(cfg: Config) -> Run:
     processor, coordinates, positions = load_processor(cfg, cfg.coordinates)
     room = positions - cfg.max_completion_tokens
     if cfg.ask:
-        examples = extra("check", "--ask").questions(task, Path(cfg.ask), cfg.categories)
+        examples = extra("check").questions(task, Path(cfg.ask), cfg.categories)
     else:
         examples = load_examples(cfg, "train" if trains else "val")
     asked = (cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
@@ -1130,7 +1138,7 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     cfg, out, checks = run.cfg, Path(run.cfg.out), extra("check")
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "config.json").exists():  # its modification time tells evaluate.py when it began
+        if not (out / "config.json").exists():  # not again on --resume: its modification time is the run's beginning
             (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     if checks:
         checks.describe(run, per_prompt, what, notes)
@@ -1152,11 +1160,10 @@ SHOWN = ("cross_entropy", "reward", "kl", "completion_tokens", "margin", "accura
 
 def write(run: Run, step: int, metrics: Averages, rows: list[dict]) -> None:
     """Append the step to metrics.jsonl, rollouts.jsonl and the trackers; from here on the step counts as done."""
-    metrics.put("step", step)
     metrics.put("lr", run.optimizer.param_groups[0]["lr"])
     for phase, seconds in run.seconds.items():
         metrics.put(f"seconds/{phase}", seconds)
-    rows, row = gather_object(rows), metrics.reduce(run.accelerator) | {"step": step}  # `reduce` made it a float
+    rows, row = gather_object(rows), {"step": step} | metrics.reduce(run.accelerator)
     if run.main:
         data.append_rows(Path(run.cfg.out) / "rollouts.jsonl", rows)
         data.append_rows(Path(run.cfg.out) / "metrics.jsonl", [row])
@@ -1169,9 +1176,10 @@ def write(run: Run, step: int, metrics: Averages, rows: list[dict]) -> None:
 
 @contextlib.contextmanager
 def guarded(run: Run) -> Iterator[Callable[[], bool]]:
-    """Yield `stopping()`, whether a signal asked to stop; after an error or Ctrl-C save what was learned.
+    """Yield `stopping()`, which tells whether a signal asked to stop; after an error save what was learned.
 
-    With extras/ that is a checkpoint after the last whole step. Without, no signal is caught, and OUT/model is saved.
+    With extras/ that is a checkpoint, or the model if a step is partly applied. Without, it is the model, also after
+    Ctrl-C, which then stops at once.
     """
     if checkpoints := extra("checkpoints"):
         with checkpoints.interruptible(run, save_model) as stopping:
@@ -1180,21 +1188,20 @@ def guarded(run: Run) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: False
     except (Exception, KeyboardInterrupt):
-        learned = run.done or not run.whole  # at least one update was applied
-        if run.main and learned and not run.cfg.shard:  # shards need the other processes, which may be gone
+        if run.main and (run.done or not run.whole):  # at least one update was applied
             save_model(run)
         raise
 
 
 def save_model(run: Run) -> None:
-    """Write OUT/model atomically, in the dtype of --model. With LoRA, write OUT/adapters too, and OUT/model in float32.
+    """Write OUT/model atomically, in the dtype of --model; with LoRA, OUT/adapters too, as peft saves them.
 
-    Adapters are merged into a float32 copy of --model, because bf16 would round most of what they learned away.
-    Call this last: it casts the policy in place.
+    Adapters are merged into a float32 copy of --model, because bf16 would round most of what they learned away, and
+    OUT/model stays float32. Call this last: without adapters it casts the policy in place.
     """
     out, weights, model = Path(run.cfg.out), None, run.model
     if run.cfg.shard and not run.adapters:  # every process takes part, the main one gets the weights
-        weights = extra("shards", "--shard").whole_weights(model, run.main)
+        weights = extra("shards").whole_weights(model, run.main)
     dtype = pretrained(transformers.AutoConfig, run.cfg.model).dtype or torch.float32
     if run.adapters:
         learned = extra("adapters").learned(run.adapters, run.main)
@@ -1211,7 +1218,8 @@ def save_model(run: Run) -> None:
 
     if run.main:
         replace_folder(out / "model", write_model)
-        print(f"the model after {run.done} of {run.cfg.steps} steps is in {out / 'model'}", flush=True)
+        more = "" if run.whole else " and the next one's update"
+        print(f"the model after {run.done} of {run.cfg.steps} steps{more} is in {out / 'model'}", flush=True)
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -1229,7 +1237,10 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def answer(run: Run, prompts: list[Prompt]) -> list[str]:
-    """Return the policy's most probable answers, one to each prompt, by the sampler of training."""
+    """Return the policy's most probable answers, one to each prompt, by the sampler of training.
+
+    The caller holds `run.gathered()` around all its batches, because processes may have different numbers of them.
+    """
     inputs, limit = run.collate(prompts), run.cfg.max_completion_tokens
     with run.sampling():
         ids, _ = sample(run.model, inputs, 1, None, limit, run.eos, **run.distribution, capture=run.capture)
@@ -1245,7 +1256,7 @@ def parse(kind: type, argv: Sequence[str] | None, **about) -> Any:
     """Read a dataclass of settings from the command line; SystemExit names a flag that is unknown or out of bounds."""
     group = parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **about)
     for f, default in zip(fields(kind), asdict(kind()).values()):
-        of = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))
+        of = next(t for t in (*typing.get_args(f.type), f.type) if t is not type(None))  # X of X, X | None, list[X]
         read, many = string_to_bool if of is bool else of, "*" if isinstance(default, list) else None
         if f.metadata["heading"]:
             group = parser.add_argument_group(f.metadata["heading"])
@@ -1257,6 +1268,9 @@ def parse(kind: type, argv: Sequence[str] | None, **about) -> Any:
         meant = f"did you mean --{near[0]}? " if near else ""
         raise SystemExit(f"{' '.join(unknown)}: there is no such flag; {meant}--help lists them")
     obey(found, [(f.name, *rule) for f in fields(kind) for rule in rules_of(f, getattr(found, f.name))])
+    for f, default in zip(fields(kind), asdict(kind()).values()):
+        if getattr(found, f.name) != default and "needs" in f.metadata["rules"]:
+            extra(f.metadata["rules"]["needs"], f"--{f.name}")  # now, not at the step that needs it
     return kind(**vars(found))
 
 
@@ -1294,20 +1308,16 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     cfg = parse(Config, argv, usage=usage, description="ViRFT: GRPO for vision-language models with verifiable rewards")
     # Adapters start as no change at all and are few: they need a higher rate than the weights themselves.
     cfg.lr = cfg.lr or (1e-5 if cfg.lora_rank else 1e-6)
-    cfg.beta = 0.0 if cfg.sft and cfg.beta == Config.beta else cfg.beta
-    variants = [(flag, "variants") for flag in ("resample", "sft")]
-    for flag, module in (("save_every", "checkpoints"), ("eval_every", "evaluate"), *variants):
-        if getattr(cfg, flag):
-            extra(module, f"--{flag}")  # now, not at the step that needs it
+    cfg.beta = 0.0 if cfg.sft and cfg.beta == Config.beta else cfg.beta  # the default is GRPO's
     evaluates = cfg.eval_only or cfg.ask
-    unfinished = cfg.eval_only and extra("evaluate", "--eval_only").unfinished(Path(cfg.out), asdict(cfg))
+    unfinished = cfg.eval_only and extra("evaluate").unfinished(Path(cfg.out), asdict(cfg))
     obey(cfg, [
         ("clip", len(cfg.clip) in (1, 2) and cfg.clip[0] < 1, "one or two numbers, the first below 1"),
         ("iou_threshold", cfg.iou_threshold, "one or more numbers"),
         ("inner_epochs", not cfg.sft or cfg.inner_epochs == 1, "1 with --sft, whose rho is 1"),
         ("resample", not (cfg.sft and cfg.resample), "0 with --sft, which samples nothing"),
         ("normalize", not (cfg.sft and cfg.normalize == "each"), "sum with --sft, which compares nothing"),
-        ("beta", not cfg.sft or cfg.beta in (0, Config.beta), "0 with --sft"),
+        ("beta", not (cfg.sft and cfg.beta), "0 with --sft"),
         ("resume", not (cfg.resume and evaluates), "false with --eval_only and --ask"),
         ("check", not (cfg.check and evaluates), "false with --eval_only and --ask"),
         ("ask", cfg.categories or not (cfg.ask and TASKS[cfg.task].asks_for), "together with --categories"),
@@ -1322,14 +1332,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         held_out = load_examples(cfg, "val") if cfg.eval_every and not cfg.eval_only and not cfg.check else ()
         run = start(cfg)
         if cfg.ask:
-            return extra("check", "--ask").ask(run, answer)
+            return extra("check").ask(run, answer)
         if cfg.check:
-            return extra("check", "--check").check(run, rollout, micro_batches)
+            return extra("check").check(run, rollout, micro_batches)
         open_out(run, 1 if cfg.sft else cfg.group_size, "completions")
         if cfg.eval_only:
-            extra("evaluate", "--eval_only").evaluate(run, answer, run.prompts.examples, Path(cfg.out))
+            extra("evaluate").evaluate(run, answer, run.prompts.examples, Path(cfg.out))
         else:
-            other = {"rollout": partial(extra("variants", "--sft").supervised, judged=judged)} if cfg.sft else {}
+            other = {"rollout": partial(extra("variants").supervised, judged=judged)} if cfg.sft else {}
             train(run, held_out, **other)
         run.accelerator.end_training()
     except DataError as error:

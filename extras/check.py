@@ -43,7 +43,7 @@ def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
 
 def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[str]]:
     """Return the lines that describe a run, and the lines of its first prompt."""
-    cfg, default, (first,) = run.cfg, type(run.cfg)(), data.whole([run.prompts[0, 0]])
+    cfg, default, (first,) = run.cfg, type(run.cfg)(), data.sound([run.prompts[0, 0]])
     settings = asdict(cfg)
     changed = [f"--{name} {value}" for name, value in settings.items() if value != getattr(default, name)]
     lines = [f"settings other than the defaults: {' '.join(changed)}"]
@@ -73,8 +73,8 @@ def describe_steps(run: Any, per_prompt: int, what: str) -> str:
     trained, every = (
         sum(p.numel() for p in run.model.parameters() if p.requires_grad or not asked) for asked in (True, False)
     )
-    chunked = 0 < cfg.micro_batch < per_prompt
-    chunk = f"in chunks of {cfg.micro_batch} {what}" if chunked else f"{at_once} encoded at once"
+    chunks = run.chunks(per_prompt)
+    chunk = f"in chunks of {len(chunks[0])} {what}" if len(chunks) > 1 else f"{at_once} encoded at once"
     return (
         f"{trained:,} of {every:,} parameters are trained\n"
         f"{cfg.prompts_per_step} prompts a step = {n} processes x {each}, {chunk}; x {per_prompt} {what} = "
@@ -233,7 +233,7 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
     for line in unearnable(run):
         say(line)
     order = random.Random(cfg.seed).sample(range(len(prompts.examples)), min(CHECKED, len(prompts.examples)))
-    chosen = data.whole([prompts[slot, index] for slot, index in enumerate(order)])
+    chosen = data.sound([prompts[slot, index] for slot, index in enumerate(order)])
     size = max(1, cfg.prompts_per_step // run.accelerator.num_processes)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # exclude loading, which holds the whole model before it is sharded

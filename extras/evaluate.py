@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import DataError, Example, Prompt, Task, append_rows, whole
+from data import DataError, Example, Prompt, Task, append_rows, sound
 from extras.draw import evenly, thumbnail, thumbnail_of
 from extras.outcomes import ANSWER_KEYS, outcome, parsed_answer
 from extras.report import write_report, write_whole
@@ -382,7 +382,7 @@ def evaluate(
             if cfg.skip_bad_images:
                 prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
             batch = []
-            for prompt, text in zip(prompts, answer(run, whole(prompts)) if prompts else []):
+            for prompt, text in zip(prompts, answer(run, sound(prompts)) if prompts else []):
                 parts = {name: values[0] for name, values in run.score(prompt, [text]).items()}
                 batch.append({"row": prompt.slot} | record(task, prompt.example, prompt.target, text, parts))
             append_own(out, "predictions", accelerator.process_index, batch)

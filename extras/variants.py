@@ -28,7 +28,7 @@ def resample(run: Any, ro: Any, step: int, sampled: Callable) -> Any:
         slots = [ro.prompts[i].slot for i in flat]
         drawn = data.draw_examples(cfg.seed, len(run.prompts.examples), cfg.prompts_per_step, step, round, slots)
         if flat:
-            ro = replaced(ro, flat, sampled(run, data.whole([run.prompts[key] for key in drawn]), step, round))
+            ro = replaced(ro, flat, sampled(run, data.sound([run.prompts[key] for key in drawn]), step, round))
         else:
             with run.gathered():
                 pass

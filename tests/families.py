@@ -399,7 +399,7 @@ def deviations(
     """
     weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(4))  # distinguishes every row and token
     logp, entropy = torch.zeros_like(weights), torch.zeros_like(weights)
-    chunks = torch.arange(len(ids)).split(chunk if chunk and virft.shares_prompt(model) else len(ids))
+    chunks = torch.arange(len(ids)).split(chunk if chunk and virft.cache_is_differentiable(model) else len(ids))
 
     def loss_of(rows, chunk_logp, chunk_entropy):
         logp[rows], entropy[rows] = chunk_logp.detach(), chunk_entropy

@@ -443,7 +443,7 @@ def test_evaluation_asks_as_training_does(make_run):
     trained, evaluated = run.prompts.encode(example), run.prompts.of([example])[0, 0]
     assert trained.inputs.keys() == evaluated.inputs.keys()
     assert all(torch.equal(trained.inputs[name], evaluated.inputs[name]) for name in trained.inputs)
-    assert isinstance(data.whole([trained])[0], Prompt)
+    assert isinstance(data.sound([trained])[0], Prompt)
 
 
 def test_log_probabilities_do_not_depend_on_blocks(monkeypatch):

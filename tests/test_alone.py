@@ -97,6 +97,8 @@ NEEDS = {
     "--eval_only true": "--eval_only needs extras/evaluate.py",
     "--ask x.png --categories dog": "--ask needs extras/check.py",
     "--lora_rank 4": "--lora_rank needs extras/adapters.py",
+    "--shard true": "--shard needs extras/shards.py",
+    "--normalize each": "--normalize needs extras/variants.py",
     "--negatives 0.2": "--shots, --negatives or --eval_categories needs extras/readers/choose.py",
 }
 

@@ -38,7 +38,7 @@ def check_against_the_repeated_prompt(name: str, inputs: list[dict], chunk: int,
     model, beside = families.model(name), FAMILIES[name].completion
     logp, gradient = families.deviations(model, inputs, completions(inputs), chunk, beside)
     assert logp < 1e-5 and gradient < 1e-5
-    for figure, value in (("logp", logp), ("gradient", gradient), ("shares", virft.shares_prompt(model))):
+    for figure, value in (("logp", logp), ("gradient", gradient), ("shares", virft.cache_is_differentiable(model))):
         record(figure, value)
 
 
@@ -59,7 +59,7 @@ def test_shared_prefix_equals_the_repeated_prompt(name, chunk, record_property):
 @pytest.mark.parametrize("name", ["LLaVA-NeXT", "Idefics3", "GLM-4V"])
 def test_repeating_prompts_gives_what_sharing_gives(name, monkeypatch):
     """The way of models that cannot share, also for such as are told their positions and have no image grids."""
-    monkeypatch.setattr(virft, "shares_prompt", lambda model: False)
+    monkeypatch.setattr(virft, "cache_is_differentiable", lambda model: False)
     check_against_the_repeated_prompt(name, prompts(name), 0)
 
 
@@ -202,7 +202,7 @@ def test_a_prompt_is_encoded_once(name):
         assert sum(embedded) == P + G * (C - 1)
         embedded.clear()
         score(model, inputs, completions(inputs))
-    assert virft.shares_prompt(model) == FAMILIES[name].shares
+    assert virft.cache_is_differentiable(model) == FAMILIES[name].shares
     assert sum(embedded) == (P + G * (C - 1) if FAMILIES[name].shares else G * (P + C))
 
 

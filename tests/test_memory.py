@@ -31,7 +31,7 @@ def test_the_kl_starts_at_zero_in_a_gpus_dtypes(name):
     policy, inputs = families.model(name), batch(prompts(name))
     reference, ids, found = copy.deepcopy(policy).requires_grad_(False), completions(prompts(name)), []
     virft.cast_frozen(reference)
-    chunks = torch.arange(len(ids)).split(G if virft.shares_prompt(policy) else len(ids))
+    chunks = torch.arange(len(ids)).split(G if virft.cache_is_differentiable(policy) else len(ids))
     with torch.autocast("cpu", torch.bfloat16):
 
         def loss_of(rows, logp, entropy):

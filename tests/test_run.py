@@ -232,6 +232,26 @@ def small_run(shapes_dir, llava_dir, out, **more) -> list[str]:
     return command(**flags, data=shapes_dir, model=llava_dir, out=out)
 
 
+def test_an_error_after_an_update_saves_the_model_and_says_so(llava_dir, shapes_dir, tmp_path, monkeypatch, capsys):
+    def no_space(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(virft, "write", no_space)
+    with pytest.raises(OSError, match="No space"):
+        virft.main(small_run(shapes_dir, llava_dir, tmp_path / "run"))
+    assert "the model after 0 of 1 steps and the next one's update is in" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists() and not checkpoints.folders(tmp_path / "run")
+
+
+@pytest.mark.parametrize("differentiable, said", [(True, "in chunks of 2 completions"), (False, "1 encoded at once")])
+def test_the_chunks_that_are_announced_are_those_that_are_made(
+    llava_dir, shapes_dir, tmp_path, monkeypatch, capsys, differentiable, said
+):  # fmt: skip
+    monkeypatch.setattr(virft, "cache_is_differentiable", lambda model: differentiable)
+    virft.main(small_run(shapes_dir, llava_dir, tmp_path / "run", micro_batch=2))
+    assert said in capsys.readouterr().out
+
+
 def test_the_model_is_saved_before_anything_is_drawn(llava_dir, shapes_dir, tmp_path, monkeypatch):
     """And once the steps are done, Ctrl-C means what it meant before."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
