@@ -313,7 +313,7 @@ def sample(
     first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
     more: dropping rows copies the cache of the rest. Between two such checks shapes are constant, nothing synchronizes
     with the GPU, and all changes are in place, so that `capture` may record the step and return a function that repeats
-    it faster (extras/graph.py). By default the step itself is called.
+    it faster. extras/graph.py does, as a CUDA graph; if recording fails or differs from the step, it returns the step.
     """
     B, P = inputs["input_ids"].shape
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
@@ -637,8 +637,10 @@ def judged(run: "Run", prompts: list[Prompt], ids: Tensor, logp: Tensor, step: i
 def micro_batches(run: "Run", ro: Rollout) -> tuple[list[MicroBatch], Tensor]:
     """Divide a rollout into micro-batches of max(1, micro_batch // G) groups; return them and this process's divisor.
 
-    The reference scores each micro-batch here, once for all inner epochs. Completions that are masked as a whole go
-    through all passes too, so that every process makes the same calls.
+    The prompts of a micro-batch are encoded together. `Run.chunks` divides its completions further if --micro_batch is
+    less than G; memory holds the graphs of one micro-batch's prompts and of one chunk. The reference scores each
+    micro-batch here, once for all inner epochs. Completions that are masked as a whole go through all passes too, so
+    that every process makes the same calls.
     """
     cfg, G, parts, lengths = run.cfg, ro.rewards.shape[1], [], ro.mask.sum(1).tolist()
     counted = ro.mask & ~ro.truncated[:, None] if cfg.mask_truncated else ro.mask
@@ -672,6 +674,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
             def loss_of(rows: Tensor, logp: Tensor, entropy: Tensor) -> Tensor:
                 if epoch == 0:
                     # The policy has not moved since it sampled, so its detached logp is log pi_old: no second forward.
+                    # Not the sampler's own log-probabilities, see `sampled`.
                     # rho is then 1, and the "grpo" loss about 0 (plus beta KL), because the advantages of a group add
                     # up to 0 if none is masked. Its gradient, the mean of -A grad log pi_theta, is not 0.
                     batch.logp_old[rows] = logp.detach()
@@ -830,7 +833,7 @@ class Run:
     rewards: dict[str, tuple[Callable, float]]  # by name: reward(completion, solution) and weight
     eos: Tensor  # ids that end a completion
     distribution: dict[str, Any]  # temperature and forbidden ids, the same for sampler and scorer
-    capture: Callable  # makes the sampler's step faster, see `sample`
+    capture: Callable  # see `sample`
     done: int  # steps that have been taken
     bar: Any = None  # the progress bar of `steps`
     whole: bool = True  # False while a step is partly applied to weights and moments
@@ -874,7 +877,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == AUTOCAST)
 
     def gathered(self):
-        """Gather shards once for everything inside, not at every token."""
+        """With --shard gather all weights once for everything inside, not at every token."""
         return extra("shards").gathered(self.model) if self.cfg.shard else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -1052,7 +1055,9 @@ def build(
 ) -> Run:  # fmt: skip
     """Load policy, reference and optimizer; prompts, rewards and temperature go into the Run as they are.
 
-    Trained weights are float32: bf16 would round away updates of size 1e-6.
+    Trained weights, LoRA adapters among them, are float32: bf16 would round away updates of size 1e-6. On GPUs they are
+    computed in bf16 by autocast; frozen ones (reference, LoRA's base, evaluation) are stored in bf16, see `cast_frozen`.
+    With --shard FSDP casts: extras/shards.py.
     """
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
     bf16, shard, memory, graph = device.type == AUTOCAST, trains and cfg.shard, extra("memory"), extra("graph")
