@@ -1055,8 +1055,8 @@ def build(
 ) -> Run:  # fmt: skip
     """Load policy, reference and optimizer; prompts, rewards and temperature go into the Run as they are.
 
-    Trained weights, among them LoRA's, are float32: bf16 would round away updates of size 1e-6. On GPUs they are computed
-    in bf16 by autocast; frozen ones (reference, LoRA's base, evaluation) are stored in bf16, see `cast_frozen`.
+    Trained weights, among them LoRA's, are float32: bf16 would round away updates of size 1e-6. On GPUs autocast
+    computes with them in bf16; frozen ones (reference, LoRA's base, evaluation) are stored in bf16, see `cast_frozen`.
     With --shard FSDP casts: extras/shards.py.
     """
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
