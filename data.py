@@ -559,8 +559,8 @@ def _corners(box: Box, digits: int | None) -> list[float]:
 
 
 def text_answer(solution: Any, digits: int | None = None) -> str:
-    """Write a class name, or any other solution of a row, as text."""
-    return class_of(solution) or str(solution)
+    """Write a class name, or any other solution of a row, as text, numbers as `accuracy_reward` reads them."""
+    return class_of(solution) or (f"{solution:.15g}" if isinstance(solution, float) else str(solution))
 
 
 # ------------------------------------------------------------------------------------------------

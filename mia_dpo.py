@@ -60,11 +60,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import TASKS, DataError, Example, Prompt, Prompts, Task
+from data import TASKS, DataError, Example, Prompt, Prompts
 from extras.adapters import language_model
-from extras.collages import LAYOUTS, Question, Questions, image_parts, image_token, part_boxes
+from extras.collages import LAYOUTS, Question, Questions, image_parts, image_token, part_boxes, question_row
 from extras.draw import draw_pair
-from extras.evaluate import append_own, changed_since, join_parts, read_parts, write_rows
+from extras.evaluate import append_own, changed_since, join_parts, parts_of, read_parts, write_rows
+from extras.readers.choose import fewer
 from extras.readers.pairs import read_pairs
 from extras.report import write_whole
 from extras.variants import answer_ids
@@ -94,7 +95,8 @@ PUBLISHED_MIX += [*(f"grid{n}=18" for n in (2, 3, 4, 6, 9)), "pip=49"]
 # --published: what the released code does otherwise than our defaults. It also answers greedily, shows collages with
 # noise (collages.NOISE), and makes no pair where the known answer has TRUTH characters or more.
 PUBLISHED_BUILD = {
-    "answers": 1, "max_completion_tokens": 512, "max_length_ratio": math.inf, "min_edit_distance": 0.0,
+    "answers": 1, "temperature": 1.0, "max_completion_tokens": 512, "max_length_ratio": math.inf,
+    "min_edit_distance": 0.0,
 }  # fmt: skip
 PUBLISHED_TRAIN = {"gamma": 0.0, "epochs": 1.0, "prompts_per_step": 64, "lr": 5e-5, "lora_rank": 128}
 TRUTH = 512
@@ -252,8 +254,10 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 
 
 def is_right(answer: str, truth: str) -> bool:
-    """Return whether an answer is the known one by the rules of the rewards: boxes from IoU 0.5, else the words."""
-    if boxes := parse_detections(truth):
+    """Return whether an answer is the known one by the rules of the rewards: boxes by an IoU above 0.5 (of several
+    boxes on average, so two of three may do: too good to be rejected), else the words.
+    """
+    if (boxes := parse_detections(truth)) is not None:
         return iou_reward(answer, [box for box, _ in boxes]) > 0.5
     if box := parse_grounding(truth):
         found = parse_grounding(answer)
@@ -277,7 +281,7 @@ def flaw(candidate: dict, cfg: BuildConfig, limits: dict[str, float]) -> str | N
     failed = {
         "unfinished": candidate["truncated"] or not answer,
         "long truth": cfg.published and len(candidate["chosen"]) >= TRUTH,
-        "right": is_right(candidate["rejected"], candidate["chosen"]),
+        "right": any(is_right(candidate["rejected"], one) for one in (candidate["chosen"], *candidate["also_right"])),
         "sure": candidate["perplexity"] <= cfg.min_perplexity,
         "length": longer / shorter > cfg.max_length_ratio,  # far longer or shorter than the right answer
         "alike": edit_distance(answer, truth) / max(1, longer) < cfg.min_edit_distance,  # almost the right answer
@@ -294,7 +298,7 @@ def select(candidates: Sequence[dict], cfg: BuildConfig) -> list[dict]:
     """
     limits, seen = limits_of(cfg), set()
     judged = [candidate | {"dropped": flaw(candidate, cfg, limits)} for candidate in candidates]
-    for c in judged:
+    for c in sorted(judged, key=lambda c: c["dropped"] is not None):  # the one that makes a pair stays
         said = (c["number"], *c["rejected"].casefold().split())
         if said in seen and c["dropped"] in (None, "looked right"):  # other selections would take a "looked right"
             c["dropped"] = "repeated"
@@ -380,6 +384,9 @@ CAPTIONS = replace(TASKS["rows"], name="captions", read=READ_CAPTIONS)
 def answer_questions(run: Run, questions: list[Question], numbers: list[int], prompts: list[Prompt]) -> list[dict]:
     """Sample answers and measure their attention; return one candidate record per answer."""
     cfg, G = run.cfg, run.cfg.answers
+    if prompts[0].opening:
+        remedy = "pairs have none; try --template_options enable_thinking=false"
+        raise SystemExit(f"the chat template opens <think> in front of every answer: {remedy}")
     with run.autocast():
         inputs = run.collate(prompts)
         limit = cfg.max_completion_tokens
@@ -399,6 +406,7 @@ def answer_questions(run: Run, questions: list[Question], numbers: list[int], pr
             "number": numbers[i], "id": example.id + (f"/{row % G}" if G > 1 else ""),
             "image": [str(path.resolve()) for path in example.images], "prompt": example.question,
             "chosen": example.solution, "rejected": text.strip(), "gt": example.solution,
+            "also_right": list(question.also_right),
             "layout": question.layout, "target": question.target,
             "ratio": round(shares[question.target], 4), "shares": [round(share, 4) for share in shares],
             "perplexity": round(float(perplexity[row]), 4), "truncated": not bool(ends[row].any()),
@@ -446,7 +454,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         ("layouts", good, f"weights above 0 of {', '.join(LAYOUTS)}"),
         ("limits", limits.keys() <= LAYOUTS.keys(), f"shares, of {', '.join(LAYOUTS)}"),
         ("limits", all("=" in limit for limit in cfg.limits), "LAYOUT=SHARE, as grid4=0.25"),
-        ("out", cfg.out.endswith(".jsonl"), "a file NAME.jsonl"),
+        ("out", cfg.out.endswith(".jsonl") and not folder.is_file(), "a file NAME.jsonl, and NAME no file"),
         ("out", not any(p.is_relative_to(folder) for p in used), "outside --data and --model: its folder is NAME"),
         ("out", Path(cfg.out).resolve() not in used, "another file than --data"),
     ])  # fmt: skip
@@ -484,16 +492,17 @@ def open_folder(cfg: BuildConfig, folder: Path, examples: Sequence[Example]) -> 
     rows = read_parts(folder, "candidates")
     if rows and before.get("asked", asked) != asked:
         raise DataError(f"{folder}: its answers are to other questions, the data changed; another --out starts over")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     settings = asdict(cfg) | dict.fromkeys(MAY_DIFFER) | {"asked": asked}
-    write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")  # first: it marks the folder as ours
+    (folder / "images").mkdir(exist_ok=True)
     found = {(row["number"], row["id"]): row for row in rows}
     answered = Counter(number for number, _ in found)
     kept = [row for (number, _), row in found.items() if answered[number] == cfg.answers]  # only complete questions
     for row in kept:
         row["image"] = [str((folder / image).resolve()) for image in row["image"]]
         row.pop("dropped", None)
-    if rows:
+    if rows or parts_of(folder, "candidates"):  # also of a part that holds only a line that was cut off
         join_parts(folder, "candidates", relative(kept, "image", folder))
     return kept
 
@@ -504,8 +513,9 @@ def build(argv: list[str]) -> None:
     accelerator, out = connect(cfg), Path(cfg.out)
     folder, main = out.with_suffix(""), accelerator.is_main_process
     task = {**TASKS, "captions": CAPTIONS}[cfg.task]
-    chosen = {name: getattr(cfg, name) for name in ("categories", "shots", "limit", "seed", "skip_bad_images")}
-    examples, notes = data.load_examples(task, cfg.data, "train", **chosen)
+    chosen = {name: getattr(cfg, name) for name in ("categories", "shots", "seed", "skip_bad_images")}
+    pool, notes = data.load_examples(task, cfg.data, "train", **chosen)  # an image is put among any of these
+    examples = fewer(task, pool, None, cfg.limit, data.Choice(seed=cfg.seed), notes)
     if several := [e.id for e in examples if len(e.images) != 1]:
         raise DataError(f"example {several[0]} has several images; a build starts from questions about one")
     processor, coordinates, positions = load_processor(cfg, cfg.coordinates)
@@ -515,10 +525,10 @@ def build(argv: list[str]) -> None:
     asked = (False, cfg.system_prompt, room, cfg.skip_bad_images, cfg.template_options)
     prompts = Prompts(task, examples, processor, coordinates, *asked)
     shown = (reward_weights(cfg.layouts), folder / "images", cfg.cell, cfg.seed, cfg.published)
-    questions = Questions(prompts, *shown)
+    questions = Questions(prompts, *shown, pool=pool)
     run = build_run(cfg, accelerator, prompts, {}, trains=False, temperature=cfg.temperature)
     say("\n".join(notes))
-    (kept,) = broadcast_object_list([open_folder(cfg, folder, examples) if main else []])
+    (kept,) = broadcast_object_list([open_folder(cfg, folder, [*examples, *pool]) if main else []])
     if kept:
         say(f"continuing with {len(kept)} answers from {folder}")
     done = {candidate["number"] for candidate in kept}
@@ -526,10 +536,9 @@ def build(argv: list[str]) -> None:
     loader = DataLoader(questions, cfg.batch, sampler=left, collate_fn=list, num_workers=cfg.workers)
     records, skipped = kept if main else [], []
     for batch in tqdm(loader, desc="build", disable=not main, dynamic_ncols=True):
-        flaws = [question for _, question, _ in batch if isinstance(question, DataError)]
-        if flaws and not cfg.skip_bad_images:
-            raise flaws[0]
-        skipped += map(str, flaws)
+        if not cfg.skip_bad_images:
+            data.sound([question for _, question, _ in batch])
+        skipped += [str(question) for _, question, encoded in batch if encoded is None]
         if good := [part for part in batch if part[2] is not None]:
             numbers, asked, encoded = map(list, zip(*good))
             if cfg.answers:
@@ -544,14 +553,6 @@ def build(argv: list[str]) -> None:
     if main:
         finish_build(cfg, sorted(records, key=lambda record: (record["number"], record.get("id"))), folder)
     accelerator.end_training()
-
-
-def question_row(task: Task, question: Question) -> dict:
-    """Return a question as a row for virft.py, which can evaluate a model on it or train a model on it by GRPO."""
-    example = question.example
-    solution = example.solution if task.boxes else parse_answer(example.solution) or example.solution
-    row = {"images": [str(path) for path in example.images], "problem": example.question, "solution": solution}
-    return row | {"category": example.category} | ({"coords": 1000} if task.boxes else {})
 
 
 def finish_build(cfg: BuildConfig, records: list[dict], folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 import data
 from data import IMAGE_MARK, TASKS, DataError, Example, Prompt, Prompts, Task
-from rewards import Box
+from rewards import Box, parse_answer
 
 
 class Layout(NamedTuple):
@@ -53,6 +53,8 @@ PIP_PHRASES = (
 def paste(sheet: Image.Image, image: Image.Image, most: tuple[int, int], area: tuple[int, int, int, int]) -> Box:
     """Paste an image, scaled to fit `most` (width, height), at the center of `area` (xyxy); return its box."""
     small = ImageOps.contain(image, most, Image.Resampling.BICUBIC)
+    if 0 in small.size:
+        raise DataError(f"an image of {image.width} x {image.height} pixels vanishes in {most[0]} x {most[1]}")
     x, y = area[0] + (area[2] - area[0] - small.width) // 2, area[1] + (area[3] - area[1] - small.height) // 2
     sheet.paste(small, (x, y))
     return float(x), float(y), float(x + small.width), float(y + small.height)
@@ -125,12 +127,21 @@ def regions(layout: Layout, rows: int, columns: int) -> Tensor:
 # Questions.
 
 
-def single_image_question(task: Task, example: Example, seen: tuple[int, int], coordinates: str) -> tuple[str, str]:
-    """Return an example's question and right answer as text; seen: (width, height) of the picture the model gets."""
+def single_image_question(
+    task: Task, example: Example, seen: tuple[int, int], coordinates: str, system_prompt: str | None = None
+) -> tuple[str, list[str]]:
+    """Return an example's question and its right answers as texts, one for each accepted name.
+
+    seen: (width, height) of the picture the model gets.
+    """
     question, target = task.question(example, seen, coordinates, think=False)
-    if "<answer>" in question:  # then the answer has the tags that the question asks for
-        return question, data.model_answer(task, example, target, think="<think>" in question)
-    return question, task.answer(data.model_solution(example, target))
+    names = example.solution if isinstance(example.solution, (list, tuple)) else [example.solution]
+    names = names if all(isinstance(name, str) for name in names) else [example.solution]
+    accepted = [replace(example, solution=name) for name in names]
+    asked = f"{system_prompt or ''} {question}"
+    if "<answer>" in asked:  # then the answer has the tags that are asked for
+        return question, [data.model_answer(task, e, target, think="<think>" in asked) for e in accepted]
+    return question, [task.answer(data.model_solution(e, target)) for e in accepted]
 
 
 class Question(NamedTuple):
@@ -139,6 +150,7 @@ class Question(NamedTuple):
     example: Example
     layout: str
     target: int  # index of the image that is meant, or of its part of the collage
+    also_right: Sequence[str] = ()  # answers with the other accepted names
 
 
 @dataclass(eq=False)
@@ -151,6 +163,7 @@ class Questions(Dataset):
     cell: int
     seed: int
     noise: bool = False  # show the model collages with NOISE; the files stay clean
+    pool: Sequence[Example] | None = None  # whose images an image is put among; None: those of the questions
 
     def __len__(self) -> int:
         return len(self.prompts.examples)
@@ -196,21 +209,23 @@ class Questions(Dataset):
         if task.boxes:
             boxes = data.map_boxes(example.solution, lambda box: place_box(box, size, placed))
             example = replace(example, solution=boxes, size=frame)
-        asked, answer = single_image_question(task, example, self.prompts.frame(frame), coordinates)
+        system = self.prompts.system_prompt
+        asked, (answer, *others) = single_image_question(task, example, self.prompts.frame(frame), coordinates, system)
         words = rng.choice(PIP_PHRASES) if layout.kind == "pip" else f"In Image {target + 1}, "
         prompt = multi_image_prompt(layout, words, asked)
         composed = Example(f"{name}/{i}", tuple(files), None, answer, example.category, question=prompt)
-        return Question(composed, name, target)
+        return Question(composed, name, target, others)
 
     def companions(self, example: Example, count: int, rng: random.Random) -> list[Example]:
         """Draw `count` examples of different images, none of them the example's own."""
         found = {repr(example.images[0]): example}
         for _ in range(100 * count):
-            other = rng.choice(self.prompts.examples)
+            other = rng.choice(self.pool or self.prompts.examples)
             found.setdefault(repr(other.images[0]), other)
             if len(found) > count:
                 return list(found.values())[1:]
-        raise DataError(f"example {example.id}: there are not {count} other images to put it among")
+        remedy = "more data, or --layouts of fewer images"
+        raise DataError(f"example {example.id}: there are not {count} other images to put it among; {remedy}")
 
     def write(self, image: Image.Image, name: str) -> Path:
         path = self.folder / f"{name}.png"
@@ -218,6 +233,15 @@ class Questions(Dataset):
         image.save(aside, "png")
         aside.replace(path)
         return path
+
+
+def question_row(task: Task, question: Question) -> dict:
+    """Return a question as a row for virft.py, which can evaluate a model on it or train a model on it by GRPO."""
+    example = question.example
+    names = [parse_answer(text) or text for text in (example.solution, *question.also_right)]
+    solution = example.solution if task.boxes else names if question.also_right else names[0]
+    row = {"images": [str(path) for path in example.images], "problem": example.question, "solution": solution}
+    return row | {"category": example.category} | ({"coords": 1000} if task.boxes else {})
 
 
 # ------------------------------------------------------------------------------------------------

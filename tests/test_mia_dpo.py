@@ -489,11 +489,15 @@ def test_boxes_are_asked_for_in_the_coordinates_of_what_is_shown(shapes_dir, tmp
 def test_the_form_of_the_answer_is_the_one_that_the_question_asks_for(single):
     ask = collages.single_image_question
     example = Example("x", (), None, "cat", "cat", question="What animal?")
-    assert ask(data.TASKS["rows"], example, (100, 100), "relative")[1] == "cat"
+    assert ask(data.TASKS["rows"], example, (100, 100), "relative")[1] == ["cat"]
+    system = "Answer as <answer>a name</answer>."
+    assert ask(data.TASKS["rows"], example, (100, 100), "relative", system)[1] == ["<answer>cat</answer>"]
+    known = dataclasses.replace(example, solution=["cat", "kitty"])
+    assert ask(data.TASKS["rows"], known, (100, 100), "relative")[1] == ["cat", "kitty"]
     formal = dataclasses.replace(example, question="What animal? <answer>it</answer>")
-    assert ask(data.TASKS["rows"], formal, (100, 100), "relative")[1] == "<answer>cat</answer>"
+    assert ask(data.TASKS["rows"], formal, (100, 100), "relative")[1] == ["<answer>cat</answer>"]
     thinking = dataclasses.replace(example, question="<think>...</think><answer>it</answer>")
-    assert ask(data.TASKS["rows"], thinking, (100, 100), "relative")[1] == "<think></think><answer>cat</answer>"
+    assert ask(data.TASKS["rows"], thinking, (100, 100), "relative")[1] == ["<think></think><answer>cat</answer>"]
 
 
 @shared("coco_mini")
@@ -526,7 +530,7 @@ def test_real_captions_become_questions(tmp_path):
 # Selection.
 
 GOOD = {"layout": "sequence2", "ratio": 0.5, "chosen": "a red circle", "rejected": "a blue square", "perplexity": 1.5,
-        "truncated": False, "number": 0}  # fmt: skip
+        "truncated": False, "number": 0, "also_right": []}  # fmt: skip
 
 
 @pytest.mark.parametrize("change, dropped", [
@@ -534,6 +538,7 @@ GOOD = {"layout": "sequence2", "ratio": 0.5, "chosen": "a red circle", "rejected
     ({"truncated": True}, "unfinished"),
     ({"rejected": " "}, "unfinished"),
     ({"rejected": "A  Red circle"}, "right"),  # but for case and spaces
+    ({"rejected": "a round red thing", "also_right": ["crimson", "A round red thing."]}, "right"),
     ({"perplexity": 1.1}, "sure"),
     ({"rejected": "a blue square " * 5}, "length"),  # 15 words for 3
     ({"rejected": "a blue square " * 4}, None),  # 4 times as long is the limit
@@ -566,6 +571,8 @@ def test_each_filter_drops_what_it_is_for(change, dropped):
     ("<answer>(0,0),(100,40)</answer>", "<answer>(0,0),(100,100)</answer>", False),
     ("<answer>nothing</answer>", "<answer>(0,0),(100,100)</answer>", False),
     ("<answer>No Objects</answer>", "<answer>No Objects</answer>", True),
+    ("<answer>[]</answer>", "<answer>No Objects</answer>", True),
+    ("<answer>[{'Position': [0, 0, 9, 9], 'Confidence': 1}]</answer>", "<answer>No Objects</answer>", False),
 ])  # fmt: skip
 def test_right_answers_are_told_as_the_rewards_tell_them(answer, truth, right):
     assert mia_dpo.is_right(answer, truth) is right
@@ -717,6 +724,46 @@ def test_a_line_that_was_cut_off_is_gone_before_others_follow(tmp_path):
         assert mia_dpo.open_folder(cfg, folder, []) == rows[:2]
 
 
+def test_a_first_line_that_was_cut_off_is_gone_too(tmp_path):
+    cfg, folder = BuildConfig(out=str(tmp_path / "p.jsonl")), tmp_path / "p"
+    mia_dpo.open_folder(cfg, folder, [])
+    (folder / "candidates.0.jsonl").write_text('{"number": 0, "id')
+    assert mia_dpo.open_folder(cfg, folder, []) == []
+    evaluate.append_own(folder, "candidates", 0, [row := {"number": 0, "id": "a", "image": []}])
+    assert evaluate.read_parts(folder, "candidates") == [row]
+
+
+def test_every_accepted_name_is_right(single, tmp_path):
+    examples, _ = data.load_examples(data.TASKS["rows"], str(single), "train")
+    known = [dataclasses.replace(e, solution=[e.solution, "shape"]) for e in examples]
+    question = questions_of(single, tmp_path, {"sequence2": 1.0}, examples=known).compose(0)
+    tagged = [f"<answer>{name}</answer>" for name in known[0].solution]  # as the question asks for
+    assert [question.example.solution, *question.also_right] == tagged
+    assert mia_dpo.question_row(data.TASKS["rows"], question)["solution"] == [examples[0].solution, "shape"]
+
+
+def test_a_limit_of_questions_is_none_of_companions(single, llava_dir, tmp_path):
+    flags = ("--limit", "1", "--answers", "0", "--layouts", "grid9=1")
+    mia_dpo.main(["build", *build_command(single, llava_dir, tmp_path / "p.jsonl", *flags)])
+    assert len(rows_of(tmp_path / "p" / "questions.jsonl")) == 1
+
+
+def test_a_template_that_opens_a_thought_is_refused():
+    run = SimpleNamespace(cfg=SimpleNamespace(answers=1))
+    with pytest.raises(SystemExit, match="opens <think>.*enable_thinking=false"):
+        mia_dpo.answer_questions(run, [], [], [SimpleNamespace(opening="<think>")])
+
+
+def test_of_two_equal_answers_the_one_that_makes_a_pair_stays():
+    twins = [GOOD | {"rejected": "a cat", "ratio": 0.9}, GOOD | {"rejected": "A cat", "ratio": 0.1}]
+    assert [c["dropped"] for c in mia_dpo.select(twins, BuildConfig())] == ["repeated", None]
+
+
+def test_an_image_that_would_vanish_in_a_collage_is_an_error():
+    with pytest.raises(DataError, match="10 x 800 pixels vanishes"):
+        collages.picture_in_picture(Image.new("RGB", (10, 800)), Image.new("RGB", (800, 10)))
+
+
 def test_files_of_the_user_are_neither_read_nor_deleted(tmp_path):
     evaluate.append_own(tmp_path, "candidates", 0, [{"number": 0}])
     (tmp_path / "candidates.backup.jsonl").write_text('{"number": 1}\n')
@@ -812,7 +859,7 @@ def test_published_answers_are_greedy_to_noisy_collages(single, llava_dir, tmp_p
 def test_long_truths_are_dropped_as_published(tmp_path):
     cfg = BuildConfig(published=True)
     long = {"number": 0, "rejected": "a cat", "chosen": "a dog " * 86, "perplexity": 2.0, "truncated": False,
-            "layout": "sequence2", "ratio": 0.1}  # fmt: skip
+            "layout": "sequence2", "ratio": 0.1, "also_right": []}  # fmt: skip
     limits = mia_dpo.limits_of(cfg)
     assert mia_dpo.flaw(long, cfg, limits) == "long truth"
     assert mia_dpo.flaw(long | {"chosen": "a dog"}, cfg, limits) is None
@@ -828,6 +875,8 @@ def test_a_folder_that_no_build_made_is_not_touched(tmp_path):
         mia_dpo.parse_build(["--data", "rows.jsonl", "--out", str(tmp_path / "coco.jsonl")])
     with pytest.raises(SystemExit, match="outside --data and --model"):
         mia_dpo.parse_build(["--data", str(tmp_path / "coco"), "--out", str(tmp_path / "coco.jsonl")])
+    with pytest.raises(SystemExit, match="NAME no file"):
+        mia_dpo.parse_build(["--data", "rows.jsonl", "--out", str(tmp_path / "coco" / "photo.jpg.jsonl")])
     assert (tmp_path / "coco" / "photo.jpg").read_text() == "x"
 
 
@@ -983,7 +1032,7 @@ def test_bad_pairs_are_named_and_left_out_where_that_is_asked_for(row, said, tmp
     with pytest.raises(DataError, match="line 2") as error:
         read_pairs(file, READER, 512)
     assert said in str(error.value)
-    if row != "{" and row != {"image": ["gone.png"]}:  # training meets a lost image, and replaces it
+    if row != "{":
         (example,), (note,) = read_pairs(file, READER, 512, skip_bad=True)
         assert example.id == "x" and "1 pairs skipped; first: " in note and said in note
 

@@ -27,7 +27,7 @@ def read_pairs(file: Path, processor: Any, longest: int, skip_bad: bool = False)
     for where, row in file_rows(file):
         try:
             example = pair(row, file.parent, len(examples), notes)
-            if not skip_bad and (lost := [path for path in example.images if not path.is_file()]):
+            if lost := [path for path in example.images if not path.is_file()]:
                 raise DataError(f"{lost[0]}: no such image")
             for text in example.solution:
                 refuse_placeholders(processor, example, text, (IMAGE_MARK, PUBLISHED_MARK))
