@@ -427,26 +427,26 @@ def read_table(file: Path, needed: dict[str, tuple]) -> dict[str, list]:
 
 
 def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
-    """Find the image of each record: its whole file_name, else the name alone, in the folders around `file`.
+    """Find the images of records in the folders around `file`: by whole file_names, or all by the names alone.
 
-    Raises DataError if two records find the same file.
+    An image that is missing gets the path at which it was expected. Raises DataError if two records find the same file.
     """
     name, around = re.sub("^(instances|captions)_", "", file.stem), (file.parent, file.parent.parent)
     folders = [p / part for p in around for part in ("", "images", "data", "JPEGImages", name, f"images/{name}")]
-    listed, found, users = cache(names_in), [], {}
-    for row, record in enumerate(records):
-        if not isinstance(record.get("file_name"), str):
-            found.append(None)
-            continue
-        whole = Path(record["file_name"].replace("\\", "/"))
-        places = [folder / part for part in (whole, whole.name) for folder in folders]
-        path = next((place for place in places if place.name in listed(place.parent)), None)
+    listed, users = cache(names_in), {}
+    names = [n.replace("\\", "/") if isinstance(n := r.get("file_name"), str) else "" for r in records]
+    for parts in (names, [Path(name).name for name in names]):
+        places = [[folder / part for folder in folders if part] for part in parts]
+        if any(found := [next((p for p in row if p.name in listed(p.parent)), None) for row in places]):
+            break
+    if any(names) and not any(found):
+        sought = f"sought: {next(filter(None, names))}, also in images/, data/, JPEGImages/, {name}/"
+        raise DataError(f"{file}: none of its images is in {', '.join(map(str, filter(Path.is_dir, folders)))} ({sought})")
+    for row, path in enumerate(found):
         if path and users.setdefault(path, row) != row:
             raise DataError(f"{file}: images[{users[path]}] and images[{row}] are the same file {path}")
-        found.append(path or (next(iter(users)).parent / whole.name if users else places[0]))
-    if any(found) and not users:
-        raise DataError(f"{file}: none of its images is in {', '.join(map(str, filter(Path.is_dir, folders)))}")
-    return found
+    root = next((row.index(path) for row, path in zip(places, found) if path), 0)
+    return [path or (row[root] if row else None) for row, path in zip(places, found)]
 
 
 def detection_examples(

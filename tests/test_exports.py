@@ -339,6 +339,21 @@ def test_one_picture_of_each_folder_is_found(tmp_path):
         read(tmp_path / "my.json")
 
 
+@pytest.mark.parametrize("bystander", [None, "0001.jpg", "images/0001.jpg"])
+def test_a_missing_picture_is_never_another_one(tmp_path, bystander):
+    """Neither the picture of that name in the next folder, nor one of that name which the file does not list."""
+    write(tmp_path / "my.json", table(("cam1/0001.jpg", "cam2/0001.jpg")))
+    assert f"2 images in {tmp_path}, " in " ".join(read(tmp_path / "my.json")[1])
+    (tmp_path / "cam2" / "0001.jpg").unlink()
+    if bystander:
+        (tmp_path / bystander).parent.mkdir(exist_ok=True)
+        picture(tmp_path / bystander)
+    with pytest.raises(DataError, match=f"{tmp_path}/cam2/0001.jpg: no such image"):
+        read(tmp_path / "my.json")
+    examples, _ = read(tmp_path / "my.json", skip_bad_images=True)
+    assert {e.images[0].parent.name for e in examples} == {"cam1"}
+
+
 def test_when_everything_is_skipped_the_first_reason_is_said(tmp_path):
     content = table()
     every("annotations", "bbox", lambda box: [0, 0, 0, 0])(content)

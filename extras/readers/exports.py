@@ -1,5 +1,6 @@
 """Recognize what --data is, find the COCO file in the export of an annotation tool, and look at images' headers."""
 
+import os
 import random
 import re
 from collections.abc import Callable
@@ -133,7 +134,8 @@ def tidy(file: Path, table: dict[str, list], paths: list, choice: Choice, notes:
         notes.append(f"{file}: all annotations have iscrowd 1: they are taken as single objects")
         annotations, crowds = [a | {"iscrowd": 0} for a in annotations], 0
     empty = len(size_of.keys() - {a["image_id"] for a in annotations})
-    folder = f" in {paths[0].parent}" if paths and isinstance(paths[0], Path) else ""
+    parents = {path.parent for path in paths if isinstance(path, Path)}
+    folder = f" in {os.path.commonpath(parents)}" if parents else ""
     counts = f"{len(annotations) - crowds} boxes, {crowds} crowd regions, {empty} images without any"
     notes.append(f"{file}: {len(images)} images{folder}, {counts}; an example asks for one category of an image")
     return {"images": images, "annotations": annotations, "categories": categories}
