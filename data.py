@@ -433,15 +433,15 @@ def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
     """
     name, around = re.sub("^(instances|captions)_", "", file.stem), (file.parent, file.parent.parent)
     folders = [p / part for p in around for part in ("", "images", "data", "JPEGImages", name, f"images/{name}")]
-    listed, users = cache(names_in), {}
     names = [n.replace("\\", "/") if isinstance(n := r.get("file_name"), str) else "" for r in records]
+    listed, users = cache(names_in), {}
     for parts in (names, [Path(name).name for name in names]):
         places = [[folder / part for folder in folders if part] for part in parts]
         if any(found := [next((p for p in row if p.name in listed(p.parent)), None) for row in places]):
             break
     if any(names) and not any(found):
-        sought = f"sought: {next(filter(None, names))}, also in images/, data/, JPEGImages/, {name}/"
-        raise DataError(f"{file}: none of its images is in {', '.join(map(str, filter(Path.is_dir, folders)))} ({sought})")
+        sought = f"{next(filter(None, names))} in {around[0]} and {around[1]}"
+        raise DataError(f"{file}: none of its images is there. Sought: {sought}, also in images, data, JPEGImages")
     for row, path in enumerate(found):
         if path and users.setdefault(path, row) != row:
             raise DataError(f"{file}: images[{users[path]}] and images[{row}] are the same file {path}")

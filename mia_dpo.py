@@ -64,7 +64,8 @@ from data import TASKS, DataError, Example, Prompt, Prompts
 from extras.adapters import language_model
 from extras.collages import LAYOUTS, Question, Questions, image_parts, image_token, part_boxes, question_row
 from extras.draw import draw_pair
-from extras.evaluate import append_own, changed_since, join_parts, parts_of, read_parts, write_rows
+from extras.checkpoints import used_files
+from extras.evaluate import append_own, join_parts, parts_of, read_parts, write_rows
 from extras.readers.choose import fewer
 from extras.readers.pairs import read_pairs
 from extras.report import write_whole
@@ -468,14 +469,14 @@ MAY_DIFFER = "out workers batch pictures selection limits min_perplexity max_len
 
 def check_folder(cfg: BuildConfig, folder: Path) -> None:
     """Raise SystemExit if the folder of a build holds something else, or a build that this one cannot continue."""
-    settings, before = asdict(cfg) | dict.fromkeys(MAY_DIFFER), begun(folder)
+    settings = asdict(cfg) | dict.fromkeys(MAY_DIFFER) | {"used": used_files(cfg.model, ())}
+    before = begun(folder)
     before.pop("asked", None)
     if folder.exists() and any(folder.iterdir()) and "layouts" not in before:
         raise SystemExit(f"--out {cfg.out}: must be another: {folder} was not made by a build, and will not be touched")
     finished = Path(cfg.out).exists() or (folder / "questions.jsonl").exists()
     answered = bool(read_parts(folder, "candidates"))  # without answers nothing is lost by other settings
-    changed = before and changed_since(folder / "config.json", cfg.model)
-    if finished or answered and (changed or before != settings):
+    if finished or answered and before != settings:
         raise SystemExit(f"--out {cfg.out}: must be new: an earlier build is there; give another or remove it")
 
 
@@ -493,7 +494,7 @@ def open_folder(cfg: BuildConfig, folder: Path, examples: Sequence[Example]) -> 
     if rows and before.get("asked", asked) != asked:
         raise DataError(f"{folder}: its answers are to other questions, the data changed; another --out starts over")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = asdict(cfg) | dict.fromkeys(MAY_DIFFER) | {"asked": asked}
+    settings = asdict(cfg) | dict.fromkeys(MAY_DIFFER) | {"asked": asked, "used": used_files(cfg.model, ())}
     write_whole(folder / "config.json", json.dumps(settings, indent=2) + "\n")  # first: it marks the folder as ours
     (folder / "images").mkdir(exist_ok=True)
     found = {(row["number"], row["id"]): row for row in rows}

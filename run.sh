@@ -120,8 +120,8 @@ reproduce() {
     if [ ! -e "$out/train/finished" ]; then
         if compgen -G "$out/train/checkpoints/step_??????" >/dev/null; then again=(--resume true); else rm -rf "$out/train"; fi
         rm -rf "$out/train/model" "$out/after"  # what a training that failed may have left
-        launch "${common[@]}" --shots 4 --steps 200 --save_every 50 "$@" --out "$out/train" "${again[@]}"
-        [ -e "$out/train/model" ] || { echo "run.sh: training was stopped; the same command goes on" >&2; exit 1; }
+        launch "${common[@]}" --shots 4 --steps 200 --save_every 50 "$@" --out "$out/train" "${again[@]}" ||
+            { echo "run.sh: training did not finish; the same command goes on" >&2; exit 1; }
         touch "$out/train/finished"
     fi
     echo "3/3  after"

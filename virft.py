@@ -765,21 +765,21 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
 
     --sft and mia_dpo.py bring another rollout or update.
     """
-    cfg, out, report, ro = run.cfg, Path(run.cfg.out), extra("report"), None
+    cfg, out, report, ro, stop = run.cfg, Path(run.cfg.out), extra("report"), None, 0
     with guarded(run) as stopping:
         for step, prompts in run.steps():
             ro = rollout(run, prompts, step)
             metrics = update(run, ro)
             write(run, step, metrics, ro.rows(step))
-            evaluates = bool(held_out) and due(step, cfg.eval_every)
-            if evaluates:
-                extra("evaluate").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
             stop = stopping()
             saves = stop or due(step, cfg.save_every)
-            if saves:
+            if saves:  # before the evaluation, which may take longer than a scheduler waits
                 extra("checkpoints").save(run)
             if stop:
                 break
+            evaluates = bool(held_out) and due(step, cfg.eval_every)
+            if evaluates:
+                extra("evaluate").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
             if report and run.main and step < cfg.steps and (evaluates or saves or due(step, REPORT_EVERY)):
                 report.follow(run, ro, step)
         else:
@@ -792,6 +792,8 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
         if 2 * skipped > run.done:
             rest = "their gradients were not finite (metric skipped_updates)"
             raise SystemExit(f"{skipped:.0f} of {run.done} steps changed nothing: {rest}")
+    if stop:  # unfinished, so no status of success: that of a process which the signal has ended
+        raise SystemExit(128 + stop)
 
 
 # ================================================================================================
@@ -1143,8 +1145,9 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     cfg, out, checks = run.cfg, Path(run.cfg.out), extra("check")
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out / "config.json").exists():  # not again on --resume: its modification time is the run's beginning
-            (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+        if not begun(out):
+            (out / "config.unfinished").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+            (out / "config.unfinished").replace(out / "config.json")
     if checks:
         checks.describe(run, per_prompt, what, notes)
     else:
@@ -1180,8 +1183,8 @@ def write(run: Run, step: int, metrics: Averages, rows: list[dict]) -> None:
 
 
 @contextlib.contextmanager
-def guarded(run: Run) -> Iterator[Callable[[], bool]]:
-    """Yield `stopping()`, which tells whether a signal asked to stop; after an error save what was learned.
+def guarded(run: Run) -> Iterator[Callable[[], int]]:
+    """Yield `stopping()`, the number of a signal that asked to stop, or 0; after an error save what was learned.
 
     With extras/ that is a checkpoint, or the model if a step is partly applied. Without, it is the model, also after
     Ctrl-C, which then stops at once.
@@ -1191,7 +1194,7 @@ def guarded(run: Run) -> Iterator[Callable[[], bool]]:
             yield stopping
         return
     try:
-        yield lambda: False
+        yield lambda: 0
     except (Exception, KeyboardInterrupt):
         if run.main and (run.done or not run.whole):  # at least one update was applied
             save_model(run)
@@ -1299,11 +1302,15 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
             raise SystemExit(f"--{flag} {getattr(cfg, flag)}: must be {right}")
 
 
+def begun(out: Path) -> bool:
+    """Return whether a folder holds a run that took a step, or gave an answer: more than the start writes."""
+    names = set(os.listdir(out)) if out.is_dir() else set()
+    return "config.json" in names and not names <= {"config.json", "setup.txt", "used.json"}
+
+
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
-    """Return the rule that --out is new. With only config.json and setup.txt it is, because no step was taken."""
-    out = Path(cfg.out)
-    there = {file.name for file in out.iterdir()} - {"config.json", "setup.txt"} if out.is_dir() else set()
-    taken = out.is_file() or "config.json" in os.listdir(out) and there if out.exists() else False
+    """Return the rule that --out is new."""
+    taken = Path(cfg.out).is_file() or begun(Path(cfg.out))
     return "out", may_exist or not taken, "new: it holds an earlier run (--resume true continues it) or a model"
 
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from data import few
 from extras.adapters import learned
 from extras.shards import whole_weights
 
@@ -45,6 +46,7 @@ class Checkpoint:
     step: int
     settings: dict[str, Any]
     data: str  # fingerprint
+    used: dict[str, list[int]]  # see `used_files`
 
     @property
     def model(self) -> str:
@@ -80,6 +82,13 @@ def data_fingerprint(examples: Iterable) -> str:
     return fingerprint((e.id, e.category, e.solution, e.question) for e in examples)
 
 
+def used_files(model: str, rewards: Sequence[str]) -> dict[str, list[int]]:
+    """Return {name: [size, time of change in ns]} of the files of a model folder and of the user's rewards."""
+    own = [Path(entry.rpartition(":")[0]) for entry in rewards if ".py:" in entry]
+    files = [*(Path(model).iterdir() if Path(model).is_dir() else ()), *own]
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+
+
 def folders(out: Path) -> list[Path]:
     """Return the finished checkpoints, oldest first; a folder is renamed to step_N once everything is in it."""
     return sorted(f for f in (out / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", f.name))
@@ -112,6 +121,7 @@ def save(run: Any) -> None:
             save_file(moments, new / "optimizer.safetensors")
             files = {str(f.relative_to(new)): f.stat().st_size for f in sorted(new.rglob("*")) if f.is_file()}
             state = {"step": run.done, "settings": asdict(run.cfg), "data": data_fingerprint(run.prompts.examples)}
+            state["used"] = used_files(run.cfg.model, getattr(run.cfg, "rewards", ()))
             (new / "state.json").write_text(json.dumps(state | {"files": files}, indent=2) + "\n")
             for name in (*files, "state.json"):
                 with open(new / name, "rb") as file:
@@ -146,7 +156,8 @@ def read(folder: Path) -> Checkpoint:
     """Read a checkpoint; raise a ValueError that names the file if one is missing, cut off or not ours."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        checkpoint = Checkpoint(folder, int(state["step"]), dict(state["settings"]), str(state["data"]))
+        used = dict(state.get("used", {}))
+        checkpoint = Checkpoint(folder, int(state["step"]), dict(state["settings"]), str(state["data"]), used)
         sizes = dict(state["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'state.json'} was not written by this project ({error!r})") from None
@@ -166,7 +177,8 @@ def find(cfg: Any, examples: Iterable) -> Checkpoint:
         except ValueError as error:
             flaws[folder] = error
     if not complete and not flaws:
-        raise SystemExit(f"--resume true: {out / 'checkpoints'} holds no checkpoint; see --save_every")
+        over = f"; {out / 'model'} is there, so this run is over" if (out / "model").exists() else ""
+        raise SystemExit(f"--resume true: {out / 'checkpoints'} holds no checkpoint, see --save_every{over}")
     newest = folders(out)[-1]
     if newest in flaws:
         offer = f"Move that folder away to continue from {complete[-1].folder}" if complete else "There is no other"
@@ -177,6 +189,10 @@ def find(cfg: Any, examples: Iterable) -> Checkpoint:
         raise SystemExit(f"--resume true: {newest} was made with {right}, and a run keeps its settings")
     if complete[-1].data != (found := data_fingerprint(examples)):
         raise SystemExit(f"--resume true: the data has changed: {complete[-1].data} before, {found} now")
+    used, before = used_files(cfg.model, getattr(cfg, "rewards", ())), complete[-1].used
+    if before and used != before and os.environ.get("RANK", "0") == "0":  # not refused: a reward may have been mended
+        changed = sorted(name for name in used.keys() | before.keys() if used.get(name) != before.get(name))
+        print(f"--resume true: changed since {newest} was written: {few(changed)}")
     return complete[-1]
 
 
@@ -195,12 +211,14 @@ def drop_rows_after(file: Path, step: int) -> None:
 class StopAtSignal:
     """Record Ctrl-C and SIGTERM, so that the current step can finish; ignore further signals.
 
+    requested: the number of the first signal, 0 before.
+
     Not every launcher forwards signals. torchrun does, and kills after 30 s (set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to
     change this). `accelerate launch` with one process does not: send SIGTERM to the process of virft.py itself.
     """
 
     def __init__(self):
-        self.requested = False
+        self.requested = 0
         self.process = os.getpid()  # DataLoader workers inherit the handler and must not print the message
         self.before = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -212,22 +230,21 @@ class StopAtSignal:
     def request(self, number: int, frame) -> None:
         if not self.requested and os.getpid() == self.process:
             print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr, flush=True)
-        self.requested = True
+        self.requested = self.requested or number
 
 
 @contextlib.contextmanager
-def interruptible(run: Any, save_model: Callable[[Any], None]) -> Iterator[Callable[[], bool]]:
+def interruptible(run: Any, save_model: Callable[[Any], None]) -> Iterator[Callable[[], int]]:
     """Let a signal end the loop after the current step, and save after an error.
 
-    Yields `stopping()`, which returns whether any process received a signal; all processes get the same value. After
+    Yields `stopping()`, which returns the signal that any process received, or 0; all get the same value. After
     an error this saves a checkpoint if no optimizer step was cut short (run.whole), otherwise only the model. With
     --shard it saves nothing: gathering shards needs all processes, and the others may not have failed.
     """
     signals = StopAtSignal()
 
-    def stopping() -> bool:
-        asked = torch.tensor(float(signals.requested), device=run.device)
-        return bool(run.accelerator.reduce(asked, "sum") > 0)
+    def stopping() -> int:
+        return int(run.accelerator.gather(torch.tensor([signals.requested], device=run.device)).max())
 
     try:
         yield stopping

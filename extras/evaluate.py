@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import DataError, Example, Prompt, Task, append_rows, sound
+from extras.checkpoints import used_files
 from extras.draw import evenly, thumbnail, thumbnail_of
 from extras.outcomes import ANSWER_KEYS, outcome, parsed_answer
 from extras.report import write_report, write_whole
-from rewards import Box, accuracy_reward, answer_shares, box_iou, published_accuracy
+from rewards import REWARDS, Box, accuracy_reward, answer_shares, box_iou, published_accuracy
 
 # ------------------------------------------------------------------------------------------------
 # One answer.
@@ -43,6 +44,7 @@ def record(task: Task, example: Example, target: tuple[int, int], text: str, rew
         "image_id": example.image_id,
         "category": example.category,
         "category_id": example.category_id,
+        "question": example.question,  # null where the task asks for the category
         "size": example.size,
         "solution": example.solution,
         "crowds": example.crowds,
@@ -73,6 +75,9 @@ def detection_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    # Numbered here: pycocotools sorts ids, and a file may have both 1 and "b".
+    number = {i: k for k, i in enumerate(dict.fromkeys(r["image_id"] for r in records))}
+    records = [r | {"image_id": number[r["image_id"]]} for r in records]
     annotations = [
         coco_box(r, box) | {"area": (box[2] - box[0]) * (box[3] - box[1]), "iscrowd": crowd}
         for r in records
@@ -83,7 +88,7 @@ def detection_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]
     truth = COCO()
     truth.dataset = {
         "info": {},
-        "images": [{"id": i} for i in dict.fromkeys(r["image_id"] for r in records)],
+        "images": [{"id": i} for i in number.values()],
         "categories": [{"id": i, "name": name} for i, name in name_of.items()],
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
     }
@@ -92,6 +97,7 @@ def detection_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]
         found = coco_results(records)
         answered = truth.loadRes(found) if found else COCO()  # loadRes rejects an empty list
         evaluation = COCOeval(truth, answered, "bbox")
+        evaluation.params.areaRng[0] = [0, 1e30]  # all areas: beyond the usual 1e10 a wrong box would not count
         evaluation.evaluate()
         evaluation.accumulate()
     # [IoU threshold, recall, category], for all areas and up to 100 detections; -1 if a category has no target
@@ -213,13 +219,15 @@ def scores(records: Sequence[dict], task: Task) -> tuple[Scores, dict[str, Score
     if not records:
         raise DataError("no image could be opened: there is nothing to evaluate")
     overall = {name: float(np.mean([r["rewards"][name] for r in records])) for name in records[0]["rewards"]}
-    overall |= answer_shares([r["completion"] for r in records], task.parse)
     metric, each = METRICS[task.metric].score(records)
+    measured = answer_shares([r["completion"] for r in records], task.parse) | metric
+    taken = measured.keys() | {"protocol", "answers", "categories"}  # a reward of the user's may have such a name
+    overall = {f"reward/{name}" if name in taken and name not in REWARDS else name: x for name, x in overall.items()}
     groups = by_category(records)
     for name, values in each.items():
         answers = [r[ANSWER_KEYS[task.metric]] for r in groups[name]]
         values |= {"parsed": sum(answer is not None for answer in answers) / len(answers), "answers": len(answers)}
-    return overall | metric, each
+    return overall | measured, each
 
 
 def report(overall: Scores, each: dict[str, Scores], count: int, protocol: str, lines: int = 20) -> str:
@@ -283,6 +291,7 @@ def write_rows(file: Path, rows: Sequence[dict]) -> None:
 
 
 INDIFFERENT = ("workers", "prompts_per_step", "report_to")  # settings that do not change the answers
+USED = "used.json"  # the files of model and rewards as they were when the evaluation began
 
 
 def unfinished(out: Path, settings: dict) -> bool:
@@ -290,20 +299,12 @@ def unfinished(out: Path, settings: dict) -> bool:
 
     Such an evaluation can be continued. settings: the configuration as in config.json; those in INDIFFERENT may differ.
     """
-    file = out / "config.json"
-    if not file.is_file() or (out / "scores.json").exists() or not settings.get("eval_only"):
+    files = [out / "config.json", out / USED]
+    if (out / "scores.json").exists() or not settings.get("eval_only") or not all(file.is_file() for file in files):
         return False
-    own_rewards = [Path(entry.rpartition(":")[0]) for entry in settings["rewards"] if ".py:" in entry]
-    if changed_since(file, settings["model"], own_rewards):
-        return False
-    same = json.loads(json.dumps(settings)) | dict.fromkeys(INDIFFERENT)
-    return same == json.loads(file.read_text(encoding="utf-8")) | dict.fromkeys(INDIFFERENT)
-
-
-def changed_since(begun: Path, model: str, others: Sequence[Path] = ()) -> bool:
-    """Return whether a file of a model's folder, or one of `others`, is newer than the file with which a run began."""
-    used = [*(Path(model).iterdir() if Path(model).is_dir() else ()), *others]
-    return any(part.stat().st_mtime > begun.stat().st_mtime for part in used if part.exists())
+    begun, used = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    same = json.loads(json.dumps(settings)) | dict.fromkeys(INDIFFERENT) == begun | dict.fromkeys(INDIFFERENT)
+    return same and used == used_files(settings["model"], settings["rewards"])
 
 
 def recover(out: Path, examples: Sequence[Example]) -> list[dict]:
@@ -312,11 +313,12 @@ def recover(out: Path, examples: Sequence[Example]) -> list[dict]:
     Returns an empty list if there are none. Raises DataError if they answer other questions than `examples`.
     """
     done = {r["row"]: r for r in read_parts(out, "predictions")}
-    asked = {row: json.dumps([e.id, e.solution]) for row, e in enumerate(examples)}
-    if any(asked.get(row) != json.dumps([r["id"], r["solution"]]) for row, r in done.items()):
+    asked = {row: json.dumps([e.id, e.category, e.question, e.solution]) for row, e in enumerate(examples)}
+    told = {row: json.dumps([r["id"], r["category"], r.get("question"), r["solution"]]) for row, r in done.items()}
+    if not told.items() <= asked.items():
         raise DataError(f"{out}: its predictions answer other questions, the data changed; another --out starts over")
     records = [done[row] for row in sorted(done)]
-    if records:
+    if records or parts_of(out, "predictions"):  # also of a part that holds only a line that was cut off
         join_parts(out, "predictions", records)
     return records
 
@@ -368,6 +370,9 @@ def evaluate(
         if not cfg.eval_only:
             shutil.rmtree(out, ignore_errors=True)  # an evaluation of this step from before a resume: other weights
         kept = recover(out, examples)
+        out.mkdir(parents=True, exist_ok=True)
+        if not kept:
+            write_whole(out / USED, json.dumps(used_files(cfg.model, cfg.rewards)))
     (kept,) = broadcast_object_list([kept])
     out.mkdir(parents=True, exist_ok=True)
     if kept:

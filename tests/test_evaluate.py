@@ -17,7 +17,7 @@ from PIL import Image
 import data
 from conftest import shared
 from data import TASKS, DataError, Example
-from extras import check, evaluate
+from extras import check, checkpoints, evaluate
 from rewards import REWARDS, answer_shares
 
 COCO = TASKS["coco"]
@@ -108,6 +108,22 @@ def test_a_detection_in_a_crowd_is_not_an_error():
     )
     assert ap(record(crowded, text))["AP50"] == pytest.approx(1.0)
     assert ap(record(example(1, (10, 10, 60, 60)), text))["AP50"] == pytest.approx(0.5)
+
+
+def test_a_huge_wrong_box_counts_and_ids_may_be_of_two_kinds():
+    right = exact_answer(example(1, (10, 10, 60, 60))).replace("1}", "0.5}")
+    huge = right.replace("[{", "[{'Position': [-10000000, -10000000, 20000000, 20000000], 'Confidence': 0.9}, {")
+    one = record(example(1, (10, 10, 60, 60)), huge)
+    assert len(one["detections"]) == 2 and ap(one)["AP50"] == pytest.approx(0.5)
+    assert ap(record(example(1, (10, 10, 60, 60)), right), record(example("b", (1, 1, 9, 9)), "no"))["AP50"] < 0.6
+
+
+def test_a_reward_with_the_name_of_a_score_keeps_its_own():
+    records = [record(example(1, (10, 10, 60, 60)), "no")]
+    records[0]["rewards"] |= {"parsed": 0.25, "answers": 0.5, "mine": 0.75}
+    overall, _ = evaluate.scores(records, COCO)
+    assert (overall["parsed"], overall["reward/parsed"]) == (0.0, 0.25)
+    assert (overall["reward/answers"], overall["mine"]) == (0.5, 0.75) and "answers" not in overall
 
 
 def test_boxes_at_absent_categories_lower_ap():
@@ -304,6 +320,7 @@ def test_only_the_same_settings_and_model_go_on(tmp_path):
     settings = {"model": str(model), "eval_only": True, "max_pixels": 100, "workers": 2, "rewards": [f"{mine}:f=1"]}
     assert not evaluate.unfinished(out, settings), "nothing there"
     (out / "config.json").write_text(json.dumps(settings))
+    (out / evaluate.USED).write_text(json.dumps(checkpoints.used_files(str(model), settings["rewards"])))
     assert evaluate.unfinished(out, settings)
     assert evaluate.unfinished(out, settings | {"workers": 0, "prompts_per_step": 3})
     for change in ({"max_pixels": 200}, {"rewards": []}, {"eval_only": False}, {"model": "another"}):

@@ -649,6 +649,7 @@ def test_detection_tables_of_several_images_have_negatives_and_shots(tmp_path):
         (None, "objects expected"),
         ({"bbox": [DOG], "category": [None]}, "objects need bbox"),
         ({"bbox": [DOG], "category": []}, "objects need bbox"),
+        ({"bbox": [["a", 0, 1, 1]], "category": ["dog"]}, "objects need bbox"),
         ("dog", "objects expected"),
     ],
 )
@@ -682,6 +683,34 @@ def test_a_column_of_splits_divides_a_table_too(tmp_path):
     datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "data.parquet")
     assert [e.solution for e in read(tmp_path / "data.parquet", "rows")[0]] == ["0", "2", "3"]
     assert [e.solution for e in read(tmp_path / "data.parquet", "rows", split="val")[0]] == ["1"]
+
+
+@pytest.mark.parametrize("train, test", [("Train", "Test"), ("training", "testing"), ("TRAIN ", "Validation")])
+def test_splits_are_known_in_any_spelling(tmp_path, train, test):
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "labels.csv").write_text(f"file,label,split\na.jpg,cat,{train}\na.jpg,dog,{test}\n")
+    for split, name in (("train", "cat"), ("val", "dog")):
+        assert [e.solution for e in read(tmp_path / "labels.csv", "classes", split=split, one_split=False)[0]] == [name]
+
+
+def test_crowd_regions_of_a_table_are_no_targets(tmp_path):
+    picture(tmp_path / "a.png")
+    objects = {"bbox": [DOG, CAT], "category": ["dog", "dog"], "iscrowd": [0, 1]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "objects": objects}))
+    ((one,), _) = read(tmp_path / "rows.jsonl", box_format="xywh")
+    assert len(one.solution) == len(one.crowds) == 1 and one.solution != one.crowds
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "objects": objects | {"iscrowd": [1]}}))
+    with pytest.raises(DataError, match="objects need bbox"):
+        read(tmp_path / "rows.jsonl", box_format="xywh")
+
+
+def test_ids_of_rows_do_not_depend_on_how_the_file_is_named(tmp_path, monkeypatch):
+    """They decide the sampled tokens, and which questions two evaluations have in common."""
+    picture(tmp_path / "a.png")
+    file = tmp_path / "Rows.JSONL"
+    file.write_text(json.dumps({"image": "a.png", "problem": "?", "solution": "a"}))
+    monkeypatch.chdir(tmp_path)
+    assert {read(name, "rows")[0][0].id for name in (file, "Rows.JSONL", "./Rows.JSONL")} == {"Rows.JSONL/0"}
 
 
 def test_an_empty_class_is_not_taken_from_another_column(tmp_path):
@@ -863,7 +892,7 @@ def test_a_solution_that_a_reward_cannot_read_is_named_at_the_start(tmp_path):
     examples, _ = read(tmp_path / "rows.jsonl", "rows")
     assert unearnable("rows", examples, {"accuracy": 1.0}) == [], "numbers are read as text"
     assert unearnable("rows", examples, {"iou": 1.0}) == [
-        f"the right answer of 1 of 1 examples earns 0 from the reward iou: {tmp_path}/rows.jsonl/0"
+        "the right answer of 1 of 1 examples earns 0 from the reward iou: rows.jsonl/0"
     ]
     with pytest.raises(DataError, match="/0: the reward published_accuracy cannot read its solution 3, of type int"):
         unearnable("rows", examples, {"published_accuracy": 1.0})

@@ -210,6 +210,7 @@ def test_boxes_besides_are_no_error_where_not_all_objects_are_annotated():
     assert outcomes.outcome(row | {"exhaustive": True}) == "invented"
     assert outcomes.outcome(row | {"exhaustive": False}) == "found"
     assert outcomes.outcome(row | {"exhaustive": True, "crowds": [[40, 40, 90, 90]]}) == "found"
+    assert outcomes.outcome(row | {"exhaustive": True, "crowds": [[400, 40, 490, 90]]}) == "invented", "it lies elsewhere"
 
 
 def test_gains_are_counted_by_question():
@@ -223,6 +224,9 @@ def test_the_sign_test_against_every_sequence_of_tosses():
         tosses = [bin(i).count("1") for i in range(2**n)]
         uneven = sum(abs(2 * heads - n) >= abs(gained - lost) for heads in tosses) / 2**n
         assert outcomes.sign_test(gained, lost) == pytest.approx(uneven)
+    exact = 2 * sum(comb(1100, k) for k in range(521)) / 2**1100
+    assert outcomes.sign_test(580, 520) == pytest.approx(exact, rel=0.01), "many are taken as normally distributed"
+    assert outcomes.sign_test(10**6, 10**6) == 1.0
     assert outcomes.sign_test(800, 400) < 1e-20 and comb(4, 2) == 6, "no overflow"
 
 

@@ -1,6 +1,8 @@
 """Test every task: its reader, its prompt, its score on perfect answers, and two steps of training."""
 
+import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
@@ -19,9 +21,9 @@ import data
 import mia_dpo
 import rewards
 import virft
-from data import TASKS, Choice, DataError
+from data import TASKS, Choice, DataError, Example
 from demo import shapes
-from extras import evaluate
+from extras import checkpoints, evaluate
 from extras.readers import choose, rows
 
 
@@ -367,7 +369,7 @@ def numbers(root: Path) -> None:
     [
         (missing_image, r"labels\.csv: line 3: .*train_1\.jpg: no such image"),
         (nameless_row, r"labels\.csv: line 3: solution 'None': expected a class name"),
-        (no_split, r"labels\.csv: no split train\. Its rows have split fit, test"),
+        (no_split, r"labels\.csv: line 2: split is 'fit'; one of train, val, .* expected"),
         (numbers, r"the classes are called 6, 21 \.\.\.; a model can answer names only"),
         (lambda root: (root / "labels.csv").unlink(), r"(?s)no split train\. Images with class names are read from"),
     ],
@@ -803,6 +805,59 @@ def test_an_interrupted_evaluation_goes_on(llava_dir, tmp_path, monkeypatch, cap
     assert not list(out.glob("predictions.*.jsonl"))
     with pytest.raises(SystemExit, match="--out .*: must be new"):
         virft.main([*command.split(), "--out", str(out)])
+
+
+@shared("coco_mini")
+def test_an_evaluation_that_starts_again_before_any_answer_has_its_own_settings(llava_dir, tmp_path, monkeypatch):
+    """Interrupted before the first answer, begun again otherwise and interrupted: the first command is refused."""
+    command = f"--task coco --data {SHARED / 'coco_mini'} --model {llava_dir} --eval_only true --eval_limit 6 --workers 0"
+    command += f" --prompts_per_step 3 --max_completion_tokens 8 --out {tmp_path / 'run'}"
+    answer, left = virft.answer, [0, 1, 9]
+
+    def stopping(run, prompts):
+        left[0] -= 1
+        if left[0] < 0:
+            left.pop(0)
+            raise KeyboardInterrupt
+        return answer(run, prompts)
+
+    monkeypatch.setattr(virft, "answer", stopping)
+    for think in ("true", "false"):
+        with pytest.raises(KeyboardInterrupt):
+            virft.main([*command.split(), "--think", think])
+        assert str(json.loads((tmp_path / "run" / "config.json").read_text())["think"]).lower() == think
+    with pytest.raises(SystemExit, match="--out .*: must be new"):
+        virft.main(command.split())
+    virft.main([*command.split(), "--think", "false"])
+
+
+def test_answers_to_other_questions_or_of_another_model_are_not_continued(tmp_path):
+    example = Example("x", (), None, "3", "object", question="How many?")
+    kept = {"row": 0, "id": "x", "category": "object", "question": "How many?", "solution": "3"}
+    evaluate.append_own(tmp_path, "predictions", 0, [kept])
+    assert evaluate.recover(tmp_path, [example]) == [kept]
+    for change in ({"question": "Which?"}, {"category": "dog"}, {"solution": "4"}, {"id": "y"}):
+        with pytest.raises(DataError, match="its predictions answer other questions"):
+            evaluate.recover(tmp_path, [dataclasses.replace(example, **change)])
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    os.utime(tmp_path / "old" / "model.safetensors", (1, 1))  # older than the evaluation
+    (latest := tmp_path / "latest").symlink_to("new")
+    settings = {"eval_only": True, "model": str(latest), "rewards": []}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "used.json").write_text(json.dumps(checkpoints.used_files(str(latest), [])))
+    assert evaluate.unfinished(tmp_path, settings)
+    latest.unlink()
+    latest.symlink_to("old")
+    assert not evaluate.unfinished(tmp_path, settings)
+
+
+def test_an_evaluation_goes_on_after_a_first_line_that_was_cut_off(tmp_path):
+    (tmp_path / "predictions.0.jsonl").write_text('{"row": 0, "id')
+    assert evaluate.recover(tmp_path, []) == []
+    evaluate.append_own(tmp_path, "predictions", 0, [row := {"row": 0}])
+    assert evaluate.read_parts(tmp_path, "predictions") == [row]
 
 
 def test_ask_of_every_kind(llava_dir, tmp_path, capsys):

@@ -69,13 +69,14 @@ def file_lines(file: Path) -> list[tuple[str, str]]:
 
 def file_rows(file: Path) -> list[tuple[str, Any]]:
     """Return the (place, row) of every row of a .json (a list), .jsonl or .csv file; a CSV begins with column names."""
-    if file.suffix == ".json":
+    suffix = file.suffix.lower()
+    if suffix == ".json":
         table = read_json(file)
         if not isinstance(table, list):
             expected = "a list of rows expected at the top level, or COCO's lists"
             raise DataError(f"{file}: {expected}; found {str(table)[:100]}")
         return [(f"{file}: row {number}", row) for number, row in enumerate(table)]
-    if file.suffix in (".csv", ".tsv"):
+    if suffix in (".csv", ".tsv"):
         text = read_text(file)
         try:
             delimiter = csv.Sniffer().sniff(text.partition("\n")[0], delimiters=",;\t|").delimiter
@@ -92,15 +93,25 @@ def file_rows(file: Path) -> list[tuple[str, Any]]:
     return rows
 
 
+def split_of(row: Any) -> str:
+    """Return the split of a row in lower case, Hugging Face's name for it; an empty cell means train."""
+    name = str(column(row, "split") or "train").strip().lower()
+    return {"training": "train", "testing": "test"}.get(name, name)
+
+
 def have_splits(rows: list) -> bool:
-    return any(column(row, "split") in SPLIT_NAMES for _, row in rows)
+    """Return whether rows name their splits. Raises DataError if they name others than SPLIT_NAMES."""
+    named = [(where, split_of(row)) for where, row in rows if column(row, "split") is not None]
+    if unknown := next((f"{where}: split is {name!r}" for where, name in named if name not in SPLIT_NAMES), None):
+        raise DataError(f"{unknown}; one of {', '.join(SPLIT_NAMES)} expected; a column of another meaning: rename it")
+    return bool(named)
 
 
 def rows_of_split(source: object, rows: list, split: str) -> list:
     """Return the rows of a split by their column `split`, where an empty cell means train; all without such names."""
     if not have_splits(rows):
         return rows
-    splits = [column(row, "split") or "train" for _, row in rows]
+    splits = [split_of(row) for _, row in rows]
     name = pick_split(source, split, splits, f"Its rows have split {', '.join(sorted(set(map(str, splits))))}")
     return [row for row, its in zip(rows, splits) if its == name]
 
@@ -113,7 +124,7 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
     theirs; boxes in pixels are converted to the model's convention, which the prompt then states.
     """
     path, folder = Path(source), Path(source).parent
-    if path.is_file() and path.suffix != ".parquet":
+    if path.is_file() and path.suffix.lower() != ".parquet":
         rows = file_rows(path)
         if not have_splits(rows):
             whole_file(path, split, choice)
@@ -138,7 +149,8 @@ def read_rows(task: Task, source: str, split: str, choice: Choice) -> Found:
         except DataError as error:
             flaws.append(f"{where}: {error}; the row is {str(row)[:400]}")
             continue
-        examples.append(replace(example, id=f"{source}/{number}", image_id=number))
+        # Without the folder: the id decides the sampled tokens, and the data may move.
+        examples.append(replace(example, id=f"{path.name}/{number}", image_id=number))
     leave_out(source, flaws, choice, notes, "rows")
     read = {kind: next((n for n in COLUMNS[kind] if n in first), "-") for kind in ("images", "problem", "solution")}
     notes.append(f"{source}: columns read are {', '.join(read.values())}")
@@ -297,7 +309,9 @@ def object_examples(source: str, rows: list, folder: Path, split: str, choice: C
             continue
         paths.append(path)
         images.append({"id": number, "file_name": where, "width": size[0], "height": size[1]})
-        annotations += [{"image_id": number, "bbox": box, "category_id": name} for box, name in found]
+        annotations += [
+            {"image_id": number, "bbox": box, "category_id": name, "iscrowd": crowd} for box, name, crowd in found
+        ]
     notes: list[str] = []
     leave_out(source, flaws, choice, notes, "rows")
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
@@ -316,8 +330,8 @@ def object_examples(source: str, rows: list, folder: Path, split: str, choice: C
     return [replace(e, category_id=number_of[e.category_id]) for e in examples], [*notes, f"{source}: {why}", *more]
 
 
-def objects_of(row: Any) -> list[tuple[Any, str]]:
-    """Return the (box, category) of each object of a row. Raises DataError."""
+def objects_of(row: Any) -> list[tuple[list[float], str, Any]]:
+    """Return (box, category, whether it is a crowd region) of each object of a row. Raises DataError."""
     objects = row.get("objects") if isinstance(row, dict) else None
     if isinstance(objects, list) and all(isinstance(o, dict) for o in objects):
         keys = {key for o in objects for key in o} or {"bbox", "category"}
@@ -328,11 +342,14 @@ def objects_of(row: Any) -> list[tuple[Any, str]]:
         next((objects[key] for key in keys if key in objects), None)
         for keys in (("bbox", "bboxes", "boxes"), ("category", "categories", "label", "labels", "name"))
     )
-    four = boxes is not None and all(isinstance(b, (list, tuple)) and len(b) == 4 and None not in b for b in boxes)
-    if not four or names is None or len(boxes) != len(names) or None in names:
+    four = boxes is not None and all(
+        isinstance(b, (list, tuple)) and len(b) == 4 and all(isinstance(x, (int, float)) for x in b) for b in boxes
+    )
+    crowds = objects.get("iscrowd") or objects.get("is_crowd") or [0] * len(boxes or ())
+    if not four or names is None or not len(boxes) == len(names) == len(crowds) or None in names:
         raise DataError(f"objects need bbox (four numbers each) and category; found {str(objects)[:200]}")
     names = [int(name) if isinstance(name, float) and name.is_integer() else name for name in names]
-    return [(box, plain_name(str(name))) for box, name in zip(boxes, names)]
+    return [(box, plain_name(str(name)), crowd) for box, name, crowd in zip(boxes, names, crowds)]
 
 
 def box_format(source: str, boxes: list, asked: str) -> tuple[str, str]:
