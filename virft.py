@@ -837,6 +837,7 @@ class Run:
     distribution: dict[str, Any]  # temperature and forbidden ids, the same for sampler and scorer
     capture: Callable  # see `sample`
     done: int  # steps that have been taken
+    notes: list[str] = field(default_factory=list)  # what was found in the data
     bar: Any = None  # the progress bar of `steps`
     whole: bool = True  # False while a step is partly applied to weights and moments
     seconds: dict[str, float] = field(default_factory=dict)  # by phase, of the current step
@@ -864,7 +865,11 @@ class Run:
         context = {"example": prompt.example, "iou_threshold": self.threshold(step or self.cfg.steps)}
         if any("images" in asked_for(reward) for reward, _ in self.rewards.values()):
             context["images"] = data.open_images(prompt.example)  # a Prompt holds what the processor made of them
-        return {name: score_group(r, texts, prompt.solution, **context) for name, (r, _) in self.rewards.items()}
+        try:
+            return {name: score_group(r, texts, prompt.solution, **context) for name, (r, _) in self.rewards.items()}
+        except Exception as error:
+            error.add_note(f"while scoring the answers to example {prompt.example.id}: {texts}")
+            raise
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         """Return the texts of completions, without the EOS and the padding after it.
@@ -1017,8 +1022,8 @@ def special_tokens(model: nn.Module, processor: Any) -> tuple[list[int], list[in
     return sorted(eos), sorted(forbidden.intersection(predicted) - eos)
 
 
-def load_examples(cfg: Config, split: str) -> list[Example]:
-    """Load the examples of a split and print what was left out and why."""
+def load_examples(cfg: Config, split: str) -> data.Found:
+    """Load the examples of a split, and notes of what was found and left out; print the notes."""
     task, bad = TASKS[cfg.task], cfg.skip_bad_images
     chosen = {"categories": cfg.categories, "negatives": cfg.negatives, "seed": cfg.seed, "skip_bad_images": bad}
     chosen["box_format"] = cfg.box_format
@@ -1033,7 +1038,7 @@ def load_examples(cfg: Config, split: str) -> list[Example]:
     with loading("dataset", source):
         examples, notes = data.load_examples(task, source, split, **chosen)
     say("\n".join(notes))
-    return examples
+    return examples, notes
 
 
 def connect(cfg: Any) -> Accelerator:
@@ -1128,12 +1133,14 @@ def start(cfg: Config) -> Run:
     processor, coordinates, positions = load_processor(cfg, cfg.coordinates)
     room = positions - cfg.max_completion_tokens
     if cfg.ask:
-        examples = extra("check").questions(task, Path(cfg.ask), cfg.categories)
+        examples, notes = extra("check").questions(task, Path(cfg.ask), cfg.categories), []
     else:
-        examples = load_examples(cfg, "train" if trains else "val")
+        examples, notes = load_examples(cfg, "train" if trains else "val")
     asked = (cfg.think, cfg.system_prompt, room, cfg.skip_bad_images)
     prompts = Prompts(task, examples, processor, coordinates, *asked, cfg.template_options)
-    return build(cfg, accelerator, prompts, rewards, trains, cfg.temperature if trains else 1.0)
+    run = build(cfg, accelerator, prompts, rewards, trains, cfg.temperature if trains else 1.0)
+    run.notes += notes
+    return run
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1268,7 +1275,8 @@ def parse(kind: type, argv: Sequence[str] | None, **about) -> Any:
         read, many = string_to_bool if of is bool else of, "*" if isinstance(default, list) else None
         if f.metadata["heading"]:
             group = parser.add_argument_group(f.metadata["heading"])
-        words = {"help": f.metadata["help"], "metavar": of.__name__.upper()}
+        choices = "|".join(map(str, choices_of(f) or ()))
+        words = {"help": f.metadata["help"], "metavar": choices if 0 < len(choices) < 60 else of.__name__.upper()}
         group.add_argument(f"--{f.name}", type=read, nargs=many, default=default, **words)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -1282,11 +1290,16 @@ def parse(kind: type, argv: Sequence[str] | None, **about) -> Any:
     return kind(**vars(found))
 
 
+def choices_of(f: Any) -> Any:
+    """Return the valid values of a setting; None if it has bounds or none."""
+    choices = f.metadata["rules"].get("choices")
+    return choices() if callable(choices) else choices
+
+
 def rules_of(f: Any, value: Any) -> list[tuple[bool, str]]:
     """Return a pair for each rule of a setting: (whether its value is valid, which values are)."""
     rules, values = f.metadata["rules"], value if isinstance(value, list) else [value]
-    choices = rules.get("choices", values)
-    choices = choices() if callable(choices) else choices
+    choices = choices_of(f) or values
     found = [(all(one in choices for one in values), f"one of {', '.join(map(str, choices))}")]
     if value is not None:
         for name, words, holds in (("least", "at least", ge), ("above", "above", gt), ("below", "below", lt)):
@@ -1341,7 +1354,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(argv)
     try:
-        held_out = load_examples(cfg, "val") if cfg.eval_every and not cfg.eval_only and not cfg.check else ()
+        held_out, _ = load_examples(cfg, "val") if cfg.eval_every and not cfg.eval_only and not cfg.check else ((), ())
         run = start(cfg)
         if cfg.ask:
             return extra("check").ask(run, answer)

@@ -18,7 +18,8 @@ import torch
 import data
 from data import DataError, Example, Prompt, Prompts, Task, boxes_in, model_size, open_image, to_pixels
 from extras.draw import draw_answer
-from rewards import REWARDS, answer_shares, box_iou, score_group
+from extras.readers.choose import published
+from rewards import REWARDS, answer_shares, asked_for, box_iou, score_group
 
 CHECKED = 16  # number of examples that --check samples answers for
 PROMPT_LINES = 12  # lines of the first prompt that are printed at the start of a run
@@ -38,7 +39,8 @@ def describe(run: Any, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     say("\n".join([*lines, *prompt[:PROMPT_LINES], *more, *notes]))
     if run.main:
         settings = [f"  {name} = {value!r}" for name, value in asdict(run.cfg).items()]
-        (Path(run.cfg.out) / "setup.txt").write_text("\n".join([*settings, *lines, *prompt, *notes]) + "\n")
+        text = "\n".join([*settings, *run.notes, *lines, *prompt, *notes])
+        (Path(run.cfg.out) / "setup.txt").write_text(text + "\n", encoding="utf-8")
 
 
 def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[str]]:
@@ -52,6 +54,7 @@ def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[s
         lines.append("iou_threshold " + ", ".join(f"{t} from step {start}" for t, start in zip(phases, starts)))
     if run.optimizer:
         lines += [describe_steps(run, per_prompt, what), *answers_too_long(run, first), *unearnable(run)]
+        lines += own_without_a_score(run, first)
     if first.opening and not run.prompts.think:
         remedy = "try --template_options enable_thinking=false"
         lines.append(f"the chat template opens <think> and --think is false: {remedy}")
@@ -130,6 +133,17 @@ def unearnable(run: Any) -> list[str]:
         f"the right answer of {len(ids)} of {len(examples)} examples earns 0 from the reward {name}"
         f"{f' ({tiny[name]} have boxes under one unit)' if tiny[name] else ''}: {data.few(ids)}"
         for name, ids in poor.items()
+    ]
+
+
+def own_without_a_score(run: Any, first: Prompt) -> list[str]:
+    """Report the user's rewards that return None for a right answer, which is how one abstains."""
+    answer = data.model_answer(run.prompts.task, first.example, first.target, run.prompts.think)
+    own = {name: reward for name, (reward, _) in (run.rewards or {}).items() if name not in REWARDS}
+    return [
+        f"{name} returns None for the right answer to the first question: it abstains, or is a `return` missing?"
+        for name, reward in own.items()
+        if not asked_for(reward) and reward(answer, first.solution) is None
     ]
 
 
@@ -269,7 +283,9 @@ def check(run: Any, rollout: Callable, micro_batches: Callable) -> None:
 def questions(task: Task, picture: Path, asked: str | None) -> list[Example]:
     """Return questions without ground truth about the user's picture: one per category, or a single one."""
     size = open_image(picture).size
-    names = data.plain_names(asked) if task.asks_for == "categories" else [asked or ""]
+    if asked == "base65":
+        raise DataError("--categories base65: those of a dataset but for novel15; --ask has none, so list the names")
+    names = data.plain_names(published(asked, ())) if task.asks_for == "categories" else [asked or ""]
     question = None if task.prompt else asked
     return [Example(f"{picture}/{name}", (picture,), size, (), name, question=question) for name in names]
 

@@ -25,7 +25,7 @@ from data import DataError, Example, Prompt, Task, append_rows, sound
 from extras.checkpoints import used_files
 from extras.draw import evenly, thumbnail, thumbnail_of
 from extras.outcomes import ANSWER_KEYS, outcome, parsed_answer
-from extras.report import write_report, write_whole
+from extras.report import rows_of, write_report, write_whole
 from rewards import REWARDS, Box, accuracy_reward, answer_shares, box_iou, published_accuracy
 
 # ------------------------------------------------------------------------------------------------
@@ -252,9 +252,8 @@ def report(overall: Scores, each: dict[str, Scores], count: int, protocol: str, 
 
 def read_predictions(file: Path) -> list[dict]:
     """Read the records of a predictions file; drop a last line that an interruption cut off."""
-    complete = file.read_text(encoding="utf-8").split("\n")[:-1]  # text after the last line break is incomplete
     try:
-        return [json.loads(line) for line in complete]
+        return rows_of(file)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}: a line in the middle is not JSON ({error}); another --out starts over") from None
 

@@ -160,8 +160,6 @@ def what_is_rewarded(folders: Sequence[Path]) -> str:
 
 def scores_of(evaluations: Sequence[Path]) -> str:
     """Return outcomes and scores, what the last evaluation gained and lost against the first, and categories."""
-    if not evaluations:
-        return ""
     scores = [json.loads((folder / "scores.json").read_text(encoding="utf-8")) for folder in evaluations]
     records = [rows_of(folder / "predictions.jsonl") for folder in evaluations]
     head = ["", *(esc(name_of(folder)) for folder in evaluations)]
@@ -175,9 +173,10 @@ def scores_of(evaluations: Sequence[Path]) -> str:
         rows.append([told, *(bar(s[name], most) if name in s else "" for s in scores)])
     text = f"<h2>Held-out questions</h2>{table(head, rows)}<p>{esc(scores[-1]['protocol'])}</p>"
     if len(records) > 1:
-        gained, lost, p = gains(*({r["id"]: outcome(r) in GOOD for r in each} for each in (records[0], records[-1])))
+        good = [{r["id"]: outcome(r) in GOOD for r in each} for each in (records[0], records[-1])]
+        (gained, lost, p), common = gains(*good), len(good[0].keys() & good[1].keys())
+        changed = f"From {head[1]} to {head[-1]}, {common} questions in both: {gained} gained (✓ now only), {lost} lost"
         chance = f"p {p:.2g}" if p >= 0.001 else "p below 0.001"
-        changed = f"From {head[1]} to {head[-1]}: {gained} questions gained (✓ now, not before), {lost} lost"
         text += f"<p><b>{changed}</b>; {chance} if each change were a coin's toss (sign test).</p>"
     each = [s.get("categories", {}) for s in scores]
     score = next((name for name in ("AP", "accuracy") if each[-1] and name in next(iter(each[-1].values()))), None)
@@ -190,8 +189,6 @@ def scores_of(evaluations: Sequence[Path]) -> str:
 
 def answers(evaluations: Sequence[Path]) -> str:
     """Return answers with their pictures: the same questions in the first and last evaluation, the last by outcome."""
-    if not evaluations:
-        return ""
     first, last, left = evaluations[0], evaluations[-1], ANSWERS
     shown = {folder: [r for r in rows_of(folder / "predictions.jsonl") if thumbnail_of(folder, r).exists()]
              for folder in (first, last)}  # fmt: skip
@@ -203,7 +200,8 @@ def answers(evaluations: Sequence[Path]) -> str:
         image = f'<img src="{image}" alt="">' if image else "<i>picture left out: the page would grow too large</i>"
         earned = ", ".join(f"{esc(name)} {value:.2f}" for name, value in r["rewards"].items())
         true = "No Objects" if r["solution"] == [] else "" if r["size"] else esc(r["solution"], 200)
-        head = f"<b>{esc(r['category'], 200)}</b> · {OUTCOMES[outcome(r)].partition(':')[0]} · {esc(name_of(folder))}"
+        asked = r["question"] if r["category"] == "object" and r.get("question") else r["category"]
+        head = f"<b>{esc(asked, 200)}</b> · {OUTCOMES[outcome(r)].partition(':')[0]} · {esc(name_of(folder))}"
         told = f"{head}<br>{earned}{'<br>true: ' * bool(true)}{true}<pre>{esc(r['completion'], 600)}</pre>"
         return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
 
@@ -243,8 +241,8 @@ def groups_of(folder: Path) -> str:
         asked = esc(group["question"] or group["category"], 400)
         true = esc("No Objects" if group["solution"] == [] else group["solution"], 200)
         told = table(["#", "advantage", *map(esc, parts), "completion"], rows)
-        text += (f"<h3>{KINDS[group['kind']]}: mean reward {mean:.2f}</h3><p>Asked: {asked}. True: {true}.</p>"
-                 f'<div class=group><figure><img src="{image}" alt=""></figure>{told}</div>')  # fmt: skip
+        text += (f"<h3>{KINDS[group['kind']]}: mean reward {mean:.2f}</h3><p>Asked: <b>{asked}</b> True: <b>{true}</b>"
+                 f'</p><div class=group><figure><img src="{image}" alt=""></figure>{told}</div>')  # fmt: skip
     return f"<h2>Groups of step {group['step']} of {esc(name_of(folder))}</h2>{GROUPS}{text}" if text else ""
 
 
@@ -281,8 +279,9 @@ def write_report(folders: Sequence[Path], file: Path) -> None:
     inside = sorted(file.parent for file in folders[0].glob("eval_*/scores.json")) if len(folders) == 1 else []
     evaluations = [folder for folder in folders if (folder / "scores.json").exists()]
     evaluations += inside if len(inside) < 3 else [inside[0], inside[-1]]  # those between have their own pages
-    parts = [what_is_rewarded(runs or folders), scores_of(evaluations), answers(evaluations), all_curves(runs)]
-    parts += [*map(groups_of, runs[:2]), *map(pairs_of, runs[:1]), what_ran(folders)]
+    parts = [what_is_rewarded(runs or folders)]
+    parts += [scores_of(evaluations), answers(evaluations)] if evaluations else []
+    parts += [all_curves(runs), *map(groups_of, runs[:2]), *map(pairs_of, runs[:1]), what_ran(folders)]
     title = "ViRFT: " + ", ".join(map(name_of, folders))
     head, foot = PAGE.split("BODY")
     write_whole(file, "\n".join([head.replace("TITLE", html.escape(title)), *filter(None, parts), foot]))
@@ -342,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not any((folder / name).exists() for name in ("metrics.jsonl", "scores.json")):
             parser.error(f"{folder} holds no run (metrics.jsonl) and no finished evaluation (scores.json)")
     file = args.out or args.folders[0] / "report.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_report(args.folders, file)
     print(f"{file}, {file.stat().st_size / 1e6:.1f} MB")
 

@@ -164,6 +164,19 @@ def test_a_damaged_checkpoint_is_refused_and_the_good_one_offered(stopped, shape
 
 def test_nothing_to_resume_is_said(shapes_dir, tmp_path):
     assert "holds no checkpoint" in refused(shapes_dir, tmp_path)
+    (tmp_path / "model").mkdir()
+    assert refused(shapes_dir, tmp_path).endswith("model is there, so this run is over")
+
+
+def test_a_reward_that_was_changed_is_named_and_accepted(shapes_dir, tmp_path, capsys):
+    (mine := tmp_path / "mine.py").write_text("def one(completion, solution):\n    return len(completion) / 100\n")
+    flags = {"rewards": f"{mine}:one", "steps": 2, "save_every": 1, "beta": 0}
+    virft.main(argv(data=shapes_dir, out=tmp_path / "run", **flags))
+    resume(shapes_dir, tmp_path / "run", **flags)
+    assert "changed since" not in capsys.readouterr().out
+    mine.write_text("def one(completion, solution):\n    return 1\n")
+    resume(shapes_dir, tmp_path / "run", **flags)
+    assert "step_000002 was written: mine.py" in capsys.readouterr().out
 
 
 FULL_DISK = """

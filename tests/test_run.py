@@ -232,6 +232,24 @@ def small_run(shapes_dir, llava_dir, out, **more) -> list[str]:
     return command(**flags, data=shapes_dir, model=llava_dir, out=out)
 
 
+def test_what_was_found_in_the_data_and_a_reward_without_return_are_written_down(llava_dir, shapes_dir, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def noret(completion, solution):\n    float(len(completion))\n")
+    flags = small_run(shapes_dir, llava_dir, tmp_path / "run", rewards=f"{tmp_path}/mine.py:noret")
+    virft.main([*flags, "--rewards", f"{tmp_path}/mine.py:noret", "format=1"])
+    said, setup = capsys.readouterr().out, (tmp_path / "run" / "setup.txt").read_text()
+    for line in ("noret returns None for the right answer", "51 train examples from", "24 images in"):
+        assert line in said and line in setup
+
+
+def test_an_error_in_a_reward_names_the_example(llava_dir, shapes_dir, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def odd(completion, solution):\n    return 1 / 0 if '<think></think>' not in completion else 1\n"
+    )
+    with pytest.raises(ZeroDivisionError) as error:
+        virft.main(small_run(shapes_dir, llava_dir, tmp_path / "run", rewards=f"{tmp_path}/mine.py:odd"))
+    assert re.search("while scoring the answers to example train/[0-9]+/", error.value.__notes__[0])
+
+
 def test_an_error_after_an_update_saves_the_model_and_says_so(llava_dir, shapes_dir, tmp_path, monkeypatch, capsys):
     def no_space(*_):
         raise OSError("No space left on device")

@@ -23,7 +23,7 @@ import rewards
 import virft
 from data import TASKS, Choice, DataError, Example
 from demo import shapes
-from extras import checkpoints, evaluate
+from extras import check, checkpoints, evaluate
 from extras.readers import choose, rows
 
 
@@ -858,6 +858,13 @@ def test_an_evaluation_goes_on_after_a_first_line_that_was_cut_off(tmp_path):
     assert evaluate.recover(tmp_path, []) == []
     evaluate.append_own(tmp_path, "predictions", 0, [row := {"row": 0}])
     assert evaluate.read_parts(tmp_path, "predictions") == [row]
+
+
+def test_ask_knows_the_published_splits(tmp_path):
+    names = [e.category for e in check.questions(TASKS["coco"], picture(tmp_path / "a.png"), "fewshot8")]
+    assert names == "bus, train, fire hydrant, stop sign, cat, dog, bed, toilet".split(", ")
+    with pytest.raises(DataError, match="base65.*list the names"):
+        check.questions(TASKS["coco"], tmp_path / "a.png", "base65")
 
 
 def test_ask_of_every_kind(llava_dir, tmp_path, capsys):
