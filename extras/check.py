@@ -151,9 +151,8 @@ def describe_prompt(run: Any, first: Prompt) -> str:
     """Return a prompt as the model reads it; write a run of image tokens as one token and its count."""
     tokenizer, ids = run.prompts.processor.tokenizer, first.inputs["input_ids"][0]
     shown = tokenizer.decode(ids)
-    for token in run.distribution["forbidden"].tolist():
-        name, count = tokenizer.decode([token]), int((ids == token).sum())
-        shown = shown.replace(name * count, f"{name} x {count} ") if count > 1 else shown
+    for name in filter(None, map(tokenizer.decode, run.distribution["forbidden"].tolist())):
+        shown = re.sub(f"(?:{re.escape(name)}){{2,}}", lambda run: f"{name} x {len(run[0]) // len(name)} ", shown)
     return f"first prompt, {len(ids)} tokens:\n{shown}"
 
 

@@ -52,7 +52,7 @@ COLUMNS = {
 ROW_LAYOUT = """A row has image (or image_path, or a list images), problem and solution.
 Image files are relative to the folder of the rows; the problem may mark the place of each image with <image>.
 Boxes in such rows need coords: "pixels" (of the original image) or 1000 if they are 0..1000 and the problem says so.
-Other names of columns: docs/tasks.md."""
+Other names of columns are in docs/tasks.md"""
 
 
 def column(row: Any, kind: str) -> Any:
