@@ -713,6 +713,21 @@ def test_ids_of_rows_do_not_depend_on_how_the_file_is_named(tmp_path, monkeypatc
     assert {read(name, "rows")[0][0].id for name in (file, "Rows.JSONL", "./Rows.JSONL")} == {"Rows.JSONL/0"}
 
 
+def test_files_named_for_their_splits_are_read_from_a_folder(tmp_path):
+    picture(tmp_path / "a.png")
+    for name in ("train", "val"):
+        row = {"image": "a.png", "problem": "?", "solution": name}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    for split in ("train", "val"):
+        assert [e.solution for e in read(tmp_path, "rows", split=split, one_split=False)[0]] == [split]
+    shutil.copy(tmp_path / "train.jsonl", tmp_path / "train_2.jsonl")
+    with pytest.raises(DataError, match="2 files for train among train.jsonl, train_2.jsonl, val.jsonl"):
+        read(tmp_path, "rows")
+    shutil.copy(tmp_path / "train.jsonl", tmp_path / "more.jsonl")
+    with pytest.raises(DataError, match="--data must name one of more.jsonl, train.jsonl"):
+        read(tmp_path, "rows")
+
+
 def test_an_empty_class_is_not_taken_from_another_column(tmp_path):
     picture(tmp_path / "a.jpg")
     (tmp_path / "labels.csv").write_text("file,label,species\na.jpg,beagle,dog\na.jpg,,cat\n")

@@ -4,6 +4,7 @@ import os
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,8 @@ def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
             return rows
         if task.read is None:
             files = [file for file in sorted(path.iterdir()) if file.suffix in FILES and not file.name.startswith(".")]
+            if len(files) > 1 and all(split_word(Path(file.name)) for file in files):
+                return partial(read_file_of_split, task, files)
             if len(files) != 1:
                 choose = f"; --data must name one of {few([file.name for file in files])}" if files else ""
                 reads = f"--task {task.name} reads rows, from {', '.join(FILES)}"
@@ -63,6 +66,15 @@ def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
         return rows
     read = f"Folders are read, and {', '.join(FILES)}"
     raise DataError(f"{source}: not read as data. {MATLAB if kind == '.mat' else foreign(path) or read}")
+
+
+def read_file_of_split(task: Task, files: list[Path], source: str, split: str, choice: Choice) -> Found:
+    """Read the rows of the file that is named for a split, such as train.jsonl. Raises DataError unless it is one."""
+    groups = [[file for file in files if split_word(Path(file.name)) in group] for group in SPLITS[split]]
+    chosen, there = next((group for group in groups if group), []), few([file.name for file in files])
+    if len(chosen) != 1:
+        raise DataError(f"{source}: {len(chosen)} files for {split} among {there}; --data or --eval_data may name one")
+    return read_rows(task, str(chosen[0]), split, replace(choice, one_split=True))
 
 
 def coco_export(source: Path, split: str, choice: Choice) -> Path:
