@@ -197,9 +197,10 @@ def open_image(source: ImageSource, expected_size: Size | None = None) -> Image.
             raise DataError(f"{source}: the image is {width}x{height}, above {MOST_PIXELS:,} pixels: make it smaller")
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):  # converting these would clip them to 0..255
-            low, high = image.getextrema()
             warnings.warn("images with more than 8 bits of gray are stretched to their range", stacklevel=2)
-            image = Image.fromarray(((np.asarray(image, float) - low) * 255 / max(high - low, 1e-9)).astype("uint8"))
+            gray = np.ma.masked_invalid(np.asarray(image, float))  # what is not finite becomes black
+            low, high = gray.min(), gray.max()
+            image = Image.fromarray(np.uint8((gray.filled(low) - low) * 255 / max(high - low, 1e-9)))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -214,8 +215,8 @@ def image_size(source: ImageSource, expected_size: Size | None = None) -> Size:
 
 def upright_size(source: ImageSource, image: Image.Image, expected_size: Size | None) -> Size:
     """Return the (width, height) of an open image, turned by its EXIF tag. Raises DataError as open_image does."""
-    # Orientations 5 to 8 swap width and height. A PNG's own getexif would decode it.
-    sideways = Image.Image.getexif(image).get(0x0112, 1) >= 5
+    # Orientations 5 to 8 swap width and height; PIL has done so for TIFF. A PNG's own getexif would decode it.
+    sideways = image.format != "TIFF" and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
     width, height = size = image.size[::-1] if sideways else image.size
     if max(size) > MAX_ASPECT * min(size):
         raise DataError(f"{source}: the image is {width}x{height}, an aspect ratio above {MAX_ASPECT}")
@@ -354,9 +355,8 @@ def read_json(file: Path, encoding: str = "UTF-8-SIG") -> Any:
     try:
         return json.loads(read_text(file, encoding))
     except json.JSONDecodeError as error:
-        place = f"{file}: line {error.lineno}, column {error.colno}"
         why = "one row a line belongs in a .jsonl file" if error.msg == "Extra data" else "is the file cut off?"
-        raise DataError(f"{place}: not JSON ({error.msg}); {why}") from None
+        raise DataError(f"{file}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}); {why}") from None
 
 
 def append_rows(file: Path, rows: Sequence[dict]) -> None:

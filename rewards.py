@@ -21,6 +21,7 @@ import inspect
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -90,8 +91,7 @@ def written_detections(completion: str) -> list[tuple[Box, float]] | None:
     if not (text.startswith("[") and text.endswith("]")):
         return None
     body = text[1:-1].strip()
-    pairs: list[tuple[Box, float]] = []
-    at = 0
+    pairs, at = [], 0
     while at < len(body):
         found = _DETECTION.match(body, at)
         if not found:
@@ -188,10 +188,8 @@ def iou_reward(completion: str, solution: Sequence[Box], iou_threshold: float = 
     published code divides by the larger number, and so do we.
     """
     detections = parse_detections(completion)
-    if detections is None:
-        return 0.0
-    if not detections and not solution:
-        return 1.0
+    if not detections:
+        return float(detections == [] and not solution)
     return math.fsum(match(detections, solution, iou_threshold)) / max(len(detections), len(solution))
 
 
@@ -257,9 +255,11 @@ def non_repeat_reward(completion: str, solution: object = None) -> float:
 
 
 def normalize_name(name: str) -> str:
-    """Remove the differences between spellings of a name: case, white space, `_`, `-` and punctuation at the ends."""
-    words = " ".join(re.sub(r"[\s_-]", " ", name.casefold()).strip(" .,;:!?'\"`*()[]").split())
-    return f"-{words}" if re.match(r"[\s\"'(]*-[.\d]", name) else words  # the minus of a number stays
+    """Remove the differences between spellings: Unicode form, case, white space, `_`, `-`, punctuation at the ends."""
+    text = unicodedata.normalize("NFKC", name).casefold().replace("\N{MINUS SIGN}", "-")
+    text = re.sub(r"(?<!\w)-(?=\.?\d)", "\0", text)  # the sign of a number stays, a hyphen does not
+    text = re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)
+    return " ".join(re.sub(r"[\s_-]", " ", text).strip(" .,;:!?'\"`*()[]“”‘’„«»。").split()).replace("\0", "-")
 
 
 def published_accuracy(completion: str, solution: str | Sequence[str]) -> float:

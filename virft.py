@@ -792,7 +792,8 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
         if 2 * skipped > run.done:
             rest = "their gradients were not finite (metric skipped_updates)"
             raise SystemExit(f"{skipped:.0f} of {run.done} steps changed nothing: {rest}")
-    if stop:  # unfinished, so no status of success: that of a process which the signal has ended
+    if stop:  # unfinished, so no status of success, but that of a process which the signal has ended
+        run.accelerator.wait_for_everyone()  # a launcher would kill the one that is still saving
         raise SystemExit(128 + stop)
 
 
@@ -1072,9 +1073,9 @@ def build(
     if trains and cfg.resume:
         saved = extra("checkpoints").find(cfg, prompts.examples)
     if device.type == "cuda" and memory:
-        config, has = pretrained(transformers.AutoConfig, cfg.model), torch.cuda.get_device_properties(device)
+        config, gpu = pretrained(transformers.AutoConfig, cfg.model), torch.cuda.get_device_properties(device)
         n = accelerator.num_processes
-        say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen=cast_frozen, room=has.total_memory))
+        say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen=cast_frozen, has=gpu.total_memory))
 
     def placed(model: nn.Module) -> nn.Module:
         """Store frozen weights compactly, choose the attention and, with --shard, divide the weights."""

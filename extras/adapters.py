@@ -31,7 +31,8 @@ def add(model: nn.Module, rank: int, seed: int, saved: str | None) -> Any:
     with loading("--lora_rank", str(rank)):
         import peft
     if saved:
-        return peft.PeftModel.from_pretrained(model, saved, is_trainable=True)
+        # Read on the CPU: by default every process would read them on the first GPU.
+        return peft.PeftModel.from_pretrained(model, saved, is_trainable=True, torch_device="cpu")
     inside = set(language_model(model).modules())
     layers = [name for name, module in model.named_modules() if module in inside and isinstance(module, nn.Linear)]
     torch.manual_seed(seed)  # adapters are the only randomly initialized weights

@@ -109,8 +109,8 @@ def needed(
     if hasattr(cfg, "answers"):  # mia_dpo.py build
         G, prompts = max(1, cfg.answers), cfg.batch
     else:
-        G = getattr(cfg, "group_size", 2) if trains else 1
-        prompts = max(1, cfg.prompts_per_step // processes)
+        G = getattr(cfg, "group_size", 2) if trains and not getattr(cfg, "sft", False) else 1
+        prompts = max(1, cfg.prompts_per_step // processes) if trains else cfg.prompts_per_step
     rows = G * prompts
     widths = [first_linear(block).in_features for block in vision_blocks(model)]
     prefill = prompts * patches * (PREFILL_D * max(widths, default=0) + PATCH_PIXELS)
@@ -173,8 +173,11 @@ def forecast(
     line = f"memory: needs about {need / GB:.0f} GB, this GPU has {has / GB:.0f}"
     limited = hasattr(prompts.processor.image_processor, "merge_size")  # by --max_pixels: data.show_whole_images
     room, is_dpo = 0.95 * has, not hasattr(cfg, "group_size")  # the rest is for what the allocator cannot use
+    G = 1 if is_dpo or cfg.sft else cfg.group_size
     for remedy in REMEDIES if trains and need > room else ():
         flags = {name: value for name, value in remedy.items() if not saves_as_much(name, getattr(cfg, name), value)}
+        if G == 1 and not is_dpo and cfg.micro_batch == 0:  # already the least
+            flags.pop("micro_batch", None)
         changed = replace(cfg, **flags)
         if changed.shard and (processes == 1 or changed.adam_bits == 8) or is_dpo and "beta" in flags:
             continue
@@ -187,8 +190,8 @@ def forecast(
             return f"{line}; with {words(flags)} about {less / GB:.0f}"
     # A pass over one group is so short that a GPU waits for Python.
     for groups in (4, 2) if trains and need < room and not is_dpo else ():
-        rows = groups * cfg.group_size
-        if max(cfg.micro_batch, cfg.group_size) < rows <= cfg.group_size * cfg.prompts_per_step // processes:
+        rows = groups * G
+        if max(cfg.micro_batch, G) < rows <= G * cfg.prompts_per_step // processes:
             changed = replace(cfg, micro_batch=rows)
             more = max(needed(changed, config, cast_frozen, P, patches, trains, processes).values())
             if more < room:

@@ -191,6 +191,29 @@ def test_bad_files_are_named(coco):
 # Images [24].
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8, 9])
+@pytest.mark.parametrize("kind", ["jpg", "png", "tiff", "webp"])
+def test_the_size_in_the_header_is_that_of_the_upright_image(tmp_path, kind, orientation):
+    """PIL turns a TIFF's size itself, and an orientation beyond 8 means nothing."""
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    Image.new("RGB", (64, 48)).save(tmp_path / f"a.{kind}", exif=tag)
+    size = data.open_image(tmp_path / f"a.{kind}").size
+    assert data.image_size(tmp_path / f"a.{kind}") == size == ((48, 64) if orientation in (5, 6, 7, 8) else (64, 48))
+
+
+def test_gray_images_with_holes_and_of_the_other_endian_are_stretched(tmp_path):
+    ramp = np.linspace(0, 1, 48 * 64, dtype="float32").reshape(48, 64)
+    for hole in (np.nan, np.inf, -np.inf):
+        (holed := ramp.copy())[0, 0] = hole
+        Image.fromarray(holed).save(tmp_path / "a.tiff")
+        gray = np.asarray(data.open_image(tmp_path / "a.tiff"))[..., 0]
+        assert gray[0, 0] == 0 and gray[-1, -1] == 255 and 120 < gray.mean() < 135
+    big = Image.frombytes("I;16B", (64, 48), (ramp * 60_000).astype(">u2").tobytes())
+    big.save(tmp_path / "b.tiff")
+    assert np.ptp(np.asarray(data.open_image(tmp_path / "b.tiff"))) == 255
+
+
 def test_images_of_every_kind_load_upright_in_rgb(tmp_path):
     upright = Image.new("RGB", (30, 20), "blue")
     upright.paste("red", (0, 0, 10, 20))  # a red band on the left

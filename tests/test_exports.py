@@ -713,6 +713,64 @@ def test_ids_of_rows_do_not_depend_on_how_the_file_is_named(tmp_path, monkeypatc
     assert {read(name, "rows")[0][0].id for name in (file, "Rows.JSONL", "./Rows.JSONL")} == {"Rows.JSONL/0"}
 
 
+@pytest.mark.parametrize("text, message", [
+    ("image,problem,solution\na.png,Is it red, or blue?,red\n", "line 2: more cells than columns"),
+    ('image,problem,solution\na.png,"Say ""hi"",x\na.png,?,y\n', "not CSV .*is a quote not closed"),
+])  # fmt: skip
+def test_commas_and_quotes_that_would_shift_cells_are_named(tmp_path, text, message):
+    picture(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "rows.csv", "rows")
+
+
+def test_an_image_has_one_class_and_a_class_one_image(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    file = tmp_path / "rows.jsonl"
+    for rows, message in (
+        ([{"images": ["a.png", "b.png"], "label": "dog"}], "2 images and one label"),
+        ([{"image": "a.png", "label": name} for name in ("dog", "cat")], "a.png is dog in another row and cat here"),
+    ):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(DataError, match=message):
+            read(file, "classes")
+    file.write_text(json.dumps({"image": "a.png", "label": "dog"}))
+    assert read(file, "classes")[0][0].id == "train/a.png", "without the folder"
+
+
+@pytest.mark.parametrize("names", [("0", "1"), (None, "cat"), (5, "cat"), ("dog", " ")])
+def test_categories_have_names(tmp_path, names):
+    content = table()
+    for category, name in zip(content["categories"], names):
+        category["name"] = name
+    write(tmp_path / "my.json", content)
+    with pytest.raises(DataError, match="a model can only be asked for names"):
+        read(tmp_path / "my.json")
+
+
+@pytest.mark.parametrize("box", ["1234", {"1": 0, "2": 0, "3": 0, "4": 0}])
+def test_a_box_is_a_list(tmp_path, box):
+    content = table()
+    content["annotations"][0]["bbox"] = box
+    write(tmp_path / "my.json", content)
+    with pytest.raises(DataError, match="has no .x, y, width, height. in pixels"):
+        read(tmp_path / "my.json")
+
+
+def test_metadata_about_something_else_is_no_table(tmp_path):
+    picture(tmp_path / "train" / "dog" / "a.png")
+    (tmp_path / "metadata.csv").write_text("license,year\nCC,2026\n")
+    assert read(tmp_path, "classes")[0][0].solution == "dog"
+
+
+def test_a_parquet_file_is_divided_by_its_column_of_splits_in_evaluation_too(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": Image.new("RGB", SIZE), "question": "?", "answer": s, "split": s} for s in ("train", "val")]
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "data.parquet")
+    assert [e.solution for e in read(tmp_path / "data.parquet", "rows", split="val", one_split=False)[0]] == ["val"]
+
+
 def test_files_named_for_their_splits_are_read_from_a_folder(tmp_path):
     picture(tmp_path / "a.png")
     for name in ("train", "val"):

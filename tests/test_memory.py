@@ -4,6 +4,7 @@ import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +231,44 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
         trains = hasattr(config_of_dpo, "lora_rank")
         line = memory.forecast(config_of_dpo, config, run.prompts, trains, 1, virft.cast_frozen, 30e9)
         assert line.startswith("memory: needs about") and "--beta" not in line
+
+
+def test_a_run_on_a_gpu_starts_with_its_forecast(make_run, monkeypatch):
+    """As far as that goes without one: up to the loading of weights."""
+
+    class Loads(Exception):
+        pass
+
+    def load_model(*_):
+        raise Loads
+
+    run, said = make_run(), []
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(virft, "load_model", load_model)
+    monkeypatch.setattr(virft, "say", said.append)
+    for trains in (True, False):
+        with pytest.raises(Loads):
+            virft.build(run.cfg, gpu, run.prompts, {}, trains)
+    assert len(said) == 2 and all("GB, this GPU has 80" in line for line in said)
+
+
+def test_supervised_training_is_forecast_with_one_answer_to_a_prompt(make_run, monkeypatch):
+    run, config = make_run(), bench.gpu.qwen2_vl_2b()
+    monkeypatch.setattr(memory, "patches_of", lambda pixels, config: 2048)
+    cfg = replace(virft.Config(), sft=True, beta=0.0)
+    need = memory.needed(cfg, config, virft.cast_frozen, 622, 2048)["train"]
+    one = memory.needed(replace(cfg, sft=False, group_size=1), config, virft.cast_frozen, 622, 2048)["train"]
+    assert need == one < 46e9
+    line = memory.forecast(cfg, config, run.prompts, True, 1, virft.cast_frozen, 40e9)
+    assert "with --adam_bits 8 about" in line and "micro_batch" not in line
+    assert "; --micro_batch 4 takes less time" in memory.forecast(cfg, config, run.prompts, True, 1, virft.cast_frozen, 96e9)
+
+
+def test_an_evaluation_holds_all_prompts_of_a_batch_on_every_process():
+    config = bench.gpu.qwen2_vl_2b()
+    needs = [memory.needed(virft.Config(), config, virft.cast_frozen, 622, 2048, False, n) for n in (1, 8)]
+    assert needs[0] == needs[1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -51,10 +51,11 @@ def read_classes(
 
 
 def class_examples(root: Path, labeled: list[Labeled], split: str, choice: Choice) -> Found:
-    """Make an example of each labeled image; root: the folder that is left out of the examples' ids."""
+    """Make an example of each labeled image; root: the folder or file of the labels, left out of the examples' ids."""
     refuse(choice, "questions about classes ask for no category", "negatives", "eval_categories")
     notes: list[str] = []
-    images, flaws, listed = defaultdict(list), [], cache(names_in)
+    images, flaws, listed, class_of_image = defaultdict(list), [], cache(names_in), {}
+    folder = root if root.is_dir() else root.parent
     for number, (where, path, name) in enumerate(labeled):
         try:
             if isinstance(path, DataError):
@@ -62,10 +63,12 @@ def class_examples(root: Path, labeled: list[Labeled], split: str, choice: Choic
             solution = class_solution(name)
             if isinstance(path, Path) and path.name not in listed(path.parent):
                 raise DataError(f"{path}: no such image")
+            if class_of_image.setdefault(str(path), solution) != solution:
+                raise DataError(f"{path} is {class_of_image[str(path)]} in another row and {solution} here")
         except DataError as error:
             flaws.append(f"{where}: {error}")
             continue
-        id = f"{split}/{str(path).removeprefix(f'{root}/')}"
+        id = f"{split}/{str(path).removeprefix(f'{folder}/') if isinstance(path, Path) else f'{root.name}/{number}'}"
         example = Example(id, (path,), None, solution, class_of(solution), image_id=number)
         images[example.category].append(example)
     leave_out(root, flaws, choice, notes)

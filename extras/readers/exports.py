@@ -40,7 +40,7 @@ def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
     path, rows = Path(source), partial(read_rows, task)
     kind = path.suffix.lower()
     if path.is_dir():
-        if any(any(path.glob(sign)) for sign in TABLE_SIGNS):
+        if any(is_table_sign(file) for sign in TABLE_SIGNS for file in path.glob(sign)):
             return rows
         if task.read is None:
             files = [file for file in sorted(path.iterdir()) if file.suffix in FILES and not file.name.startswith(".")]
@@ -66,6 +66,14 @@ def reader_of(task: Task, source: str) -> Callable[[str, str, Choice], Found]:
         return rows
     read = f"Folders are read, and {', '.join(FILES)}"
     raise DataError(f"{source}: not read as data. {MATLAB if kind == '.mat' else foreign(path) or read}")
+
+
+def is_table_sign(file: Path) -> bool:
+    """Return whether a file tells of a table; metadata must name files, or it is about something else."""
+    if file.stem != "metadata":
+        return True
+    with file.open(encoding="utf-8-sig", errors="replace") as lines:
+        return "file_name" in lines.readline()
 
 
 def read_file_of_split(task: Task, files: list[Path], source: str, split: str, choice: Choice) -> Found:
@@ -127,6 +135,9 @@ def tidy(file: Path, table: dict[str, list], paths: list, choice: Choice, notes:
     """
     used = {id_key(a["category_id"]) for a in table["annotations"]}
     categories, category_of = unique(file, "categories", table["categories"], used)
+    names = [category["name"] for category in categories]
+    if odd := [n for n in names if not isinstance(n, str) or not n.strip()] or names * all(map(str.isdecimal, names)):
+        raise DataError(f"{file}: categories called {few(odd)}: a model can only be asked for names")
     images, image_of = unique(file, "images", table["images"], None)
     images = [image | {side: whole_number(image.get(side)) for side in ("width", "height")} for image in images]
     size_of = {image["id"]: (image["width"], image["height"]) for image in images}
@@ -135,6 +146,7 @@ def tidy(file: Path, table: dict[str, list], paths: list, choice: Choice, notes:
             "image_id": image_of.get(id_key(a["image_id"]), a["image_id"]),
             "category_id": category_of.get(id_key(a["category_id"]), a["category_id"]),
             "iscrowd": int(id_key(a.get("iscrowd")) in ("1", "True")),
+            "bbox": a["bbox"] if isinstance(a.get("bbox"), (list, tuple)) else None,  # no text, whose letters would do
         }
         for a in table["annotations"]
     ]  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data import DETECTION_FIELDS, Choice, DataError, Found, annotation_file, detection_examples, plain_name, read_table
+from extras.readers.choose import whole_file
 
 LVIS_LAYOUT = """An LVIS folder (v0.5 or v1) looks like this; its images are COCO's:
   DIR/annotations/lvis_v1_train.json          (or directly in DIR)
@@ -25,7 +26,11 @@ def read_lvis(data: str, split: str, choice: Choice) -> Found:
     root = Path(data)
     if not (file := root if root.is_file() else annotation_file(root, f"lvis*_{split}*.json")):
         raise DataError(f"{root}: no file lvis*_{split}*.json, or no folder. {LVIS_LAYOUT}")
+    if root.is_file():
+        whole_file(root, split, choice)
     table = read_table(file, LVIS_FIELDS)
+    if lost := [row for row, record in enumerate(table["images"]) if not isinstance(record["coco_url"], str)]:
+        raise DataError(f"{file}: images[{lost[0]}] has no coco_url, whose end is the place of its file")
     for record in table["categories"]:
         record["name"] = plain_name(record["name"])
     name_of = {record["id"]: record["name"] for record in table["categories"]}
@@ -52,7 +57,7 @@ class Verified:
     def of(cls, record: dict, name_of: dict) -> "Verified":
         """Read one record of the file's images."""
         absent, partial = (
-            frozenset(name_of[i] for i in record.get(key, ()) if i in name_of)
+            frozenset(name_of[i] for i in record.get(key) or () if i in name_of)
             for key in ("neg_category_ids", "not_exhaustive_category_ids")
         )
         return cls(absent, partial)

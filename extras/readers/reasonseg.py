@@ -64,6 +64,8 @@ def reasonseg_image(file: Path) -> tuple[Path, Size, Box, list[str]]:
     try:
         targets = [shape["points"] for shape in table["shapes"] if shape["label"].lower() == "target"]
         xs, ys = zip(*((float(x), float(y)) for points in targets for x, y in points))
+        if not all(map(math.isfinite, (*xs, *ys))):
+            raise ValueError("a point is not finite")
         # A polygon may leave the image: LISA's masks cut it off too.
         box = box_inside((min(xs), min(ys), max(xs), max(ys)), size, overhang=math.inf)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -79,4 +81,4 @@ def encoding_of(file: Path) -> str:
         file.read_text(encoding="UTF-8")
     except UnicodeDecodeError:
         return "cp1252"
-    return "UTF-8"
+    return "UTF-8-SIG"

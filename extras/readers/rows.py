@@ -82,8 +82,14 @@ def file_rows(file: Path) -> list[tuple[str, Any]]:
             delimiter = csv.Sniffer().sniff(text.partition("\n")[0], delimiters=",;\t|").delimiter
         except csv.Error:  # a single column
             delimiter = ","
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        return [(f"{file}: line {reader.line_num}", row) for row in reader]
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        try:
+            rows = [(f"{file}: line {reader.line_num}", row) for row in reader]
+        except csv.Error as error:
+            raise DataError(f"{file}: line {reader.line_num}: not CSV ({error}); is a quote not closed?") from None
+        if surplus := next((where for where, row in rows if None in row), None):
+            raise DataError(f"{surplus}: more cells than columns; a cell that holds {delimiter!r} needs quotes")
+        return rows
     rows = []
     for where, line in file_lines(file):
         try:
@@ -182,9 +188,10 @@ def images_of(row: Any, folder: Path) -> tuple[ImageSource, ...]:
 def file_of(row: Any, folder: Path) -> ImageSource | DataError:
     """Return the image of a row with a label; or the error, for the reader of class names to count."""
     try:
-        return images_of(row, folder)[0]
+        (image, *others) = images_of(row, folder)
     except DataError as error:
         return error
+    return DataError(f"{len(others) + 1} images and one label; one image expected") if others else image
 
 
 def messages_of(problem: Any, notes: list[str]) -> tuple[str, Any]:
@@ -279,8 +286,8 @@ def class_solution(value: Any) -> str | tuple[str, ...]:
 def any_solution(value: Any) -> Any:
     """Return the solution of task `rows` unchanged, but without <answer> tags, for the user's own rewards."""
     wrapped = isinstance(value, str) and "<answer>" in value
-    if (solution := parse_answer(value) if wrapped else value) is None:
-        raise DataError(f"solution {value[:200]!r}: one <answer> block expected")
+    if (solution := parse_answer(value) if wrapped else value) is None or solution != solution:  # NaN
+        raise DataError(f"solution {str(value)[:200]!r}: one <answer> block expected, or a value")
     return solution
 
 

@@ -62,7 +62,8 @@ def table_rows(source: str, split: str, choice: Choice) -> Iterator[tuple[str, d
     else:
         table = datasets.load_dataset(source)
     if not isinstance(table, dict):
-        whole_file(path, split, choice)
+        if "split" not in table.column_names:  # else read_rows takes the rows of the split
+            whole_file(path, split, choice)
     elif len(table) == 1 and split != "train" and choice.one_split:
         (table,) = table.values()
     else:
