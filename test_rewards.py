@@ -113,6 +113,16 @@ ACCURACY = [  # what it shows, answer, accepted names, ours, published substring
     ("nothing", "", "tiger lily", 0.0, 1.0),
     ("digits matter", "Boeing 737-700", "Boeing 737-800", 0.0, 0.0),
     ("inner punctuation matters", "F.150", "F-150", 0.0, 0.0),
+    ("a sign matters", "-3", "3", 0.0, 1.0),
+    ("a sign in bold", "**-3**", "3", 0.0, 1.0),
+    ("a sign in bold, rightly", "**-3**", "-3", 1.0, 1.0),
+    ("a typographic minus", "\N{MINUS SIGN}3", "-3", 1.0, 0.0),
+    ("a sign within", "x = -3", "x = 3", 0.0, 0.0),
+    ("a hyphen between numbers is no sign", "707 320", "707-320", 1.0, 0.0),
+    ("a decimal point matters", ".5", "5", 0.0, 1.0),
+    ("a zero before the point does not", "-.5", "-0.5", 1.0, 0.0),
+    ("composed and decomposed letters are one", "caf\u00e9", "cafe\u0301", 1.0, 0.0),
+    ("typographic quotes", "\u201ctiger lily\u201d", "tiger lily", 1.0, 1.0),
 ]
 
 GROUNDING = [  # what it shows, answer, GIoU + 1 with the target A
