@@ -794,6 +794,7 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
             raise SystemExit(f"{skipped:.0f} of {run.done} steps changed nothing: {rest}")
     if stop:  # unfinished, so no status of success, but that of a process which the signal has ended
         run.accelerator.wait_for_everyone()  # a launcher would kill the one that is still saving
+        run.accelerator.end_training()
         raise SystemExit(128 + stop)
 
 
