@@ -2,7 +2,7 @@
 # Sets everything up in .venv the first time, then runs:
 #
 #   bash run.sh                          the offline demo: evaluate, train with GRPO, evaluate again
-#   bash run.sh demo --seed 1            the same with other flags of virft.py
+#   bash run.sh demo --seed 1            the same, its training with other flags of virft.py
 #   bash run.sh demo FAMILY [flags]      the demo of detection (the default), classification, grounding or multi-image
 #   bash run.sh demo mia-dpo [flags]     the demo of mia_dpo.py; flags that its build and train both know, such as --seed
 #   bash run.sh controls                 what the demo's gain is compared with

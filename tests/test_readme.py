@@ -108,7 +108,8 @@ def test_the_pages_name_what_is_there():
     assert set(re.findall(r"`(test_[a-z0-9_]+)`", ALL)) <= set(re.findall(r"def (test_[a-z0-9_]+)", written))
     configs = (virft.Config, mia_dpo.BuildConfig, mia_dpo.TrainConfig)
     flags = {field.name for config in configs for field in dataclasses.fields(config)} | {"help"}
-    launchers = {"config_file", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "requirement"}  # and pip
+    launchers = {"config_file", "num_processes", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"}
+    launchers.add("requirement")  # pip's
     scripts = "".join(file.read_text() for file in [*ROOT.glob("bench/*.py"), *ROOT.glob("demo/*.py")])
     benches = set(re.findall(r'add_argument\(\s*"--([a-z]+)"', scripts))
     assert set(re.findall(r"--([a-z]+(?:_[a-z0-9]+)*)", ALL)) <= flags | launchers | benches
