@@ -21,12 +21,14 @@ What differs from Visual-RFT's paper and its released code, and why:
   - The sampling loop is our own. `generate` inherits settings from checkpoints (Qwen-VL ships top_k=1, which gives
     G identical answers), and tokens must be drawn from the distribution whose log-probabilities are trained.
 
+Commands, of which `python virft.py --help` lists the flags:
+
     accelerate launch virft.py --task coco                               # Qwen2-VL-2B on the released data
     accelerate launch virft.py --task coco --data DIR --model NAME       # COCO on disk
     bash run.sh                                                          # offline demo, no GPU
 
-This file trains with rewards.py and data.py alone. Optional features are in extras/, and `extra(name)` imports one, or
-returns None where that folder is missing. Then flags that need it (`needs=` in Config) end the run with an error.
+Training needs only this file, rewards.py and data.py. Optional features are in extras/, and `extra(name)` imports one.
+Where that folder is missing it returns None, and a flag that needs it (`needs=` in Config) is refused at the start.
 
 To add a reward: REWARDS in rewards.py. A task: TASKS in data.py. A normalization: NORMALIZATIONS. A ratio: RATIOS.
 A metric: `rollout_metrics` or `update`. A setting: Config, and mia_dpo.TrainConfig if DPO reads it too.
@@ -122,7 +124,7 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts per step, over all processes; also evaluation's batch size", least=1)
-    micro_batch: int = setting(0, "completions per training pass; 0: one group (G); k x G: k groups together", least=0)
+    micro_batch: int = setting(0, "completions per training pass: a part of a group, or k x G; 0: one group (G)", least=0)
     lr: float | None = setting(None, "learning rate, decaying to 0; default 1e-6, with --lora_rank 1e-5", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
@@ -311,9 +313,9 @@ def sample(
 
     noise: uniform numbers [B * G, max_tokens] that decide the tokens; None takes the most probable ones. After its
     first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
-    more: dropping rows copies the cache of the rest. Between two such checks shapes are constant, nothing synchronizes
-    with the GPU, and all changes are in place, so that `capture` may record the step and return a function that repeats
-    it faster. extras/graph.py does, as a CUDA graph; if recording fails or differs from the step, it returns the step.
+    more; fewer would not pay for the copy of the remaining cache. Between two such checks shapes are constant, nothing
+    synchronizes with the GPU, and all changes are in place, so that `capture` may record the step and return a function
+    that repeats it faster. extras/graph.py does, as a CUDA graph, or returns the step where that fails or differs.
     """
     B, P = inputs["input_ids"].shape
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
@@ -392,7 +394,7 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
     32nd of all if that is more, and recomputed in the backward pass. If it were stored, it would take several times 4 V
     bytes a token (V = 150,000). More blocks than 32 would save little beside the logits, and a GPU would wait for
     Python.
-    The model's layers are not recomputed; chunks of completions (`two_stage_backward`) bound what they store.
+    The language model's layers are not recomputed; chunks of completions (`two_stage_backward`) bound what they store.
     """
 
     def tokens(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -455,8 +457,8 @@ def two_stage_backward(
     Each chunk of completions runs forward, then backward, before the next one starts; gradients add up in the leaves.
     Stage 2 backpropagates the leaves' gradients through the prompts and their images. The result is the gradient of one
     large graph, while memory holds the graphs of the prompts and of one chunk. The caller holds one autocast context
-    around all of it: chunks share one bf16 cast of each weight, and backpropagate through it one after the other, which
-    needs no retain_graph, because a cast saves no tensors.
+    around all of it, so chunks share the cached bf16 cast of each weight. Several backward passes can go through a cast
+    without retain_graph, because it saves no tensors.
     The model is in eval mode here too: with dropout the scorer would not be the policy that sampled (`load_model`).
 
     ids [N, C]: completions to B prompts in order; chunks: tensors of row indices; logp, entropy: [len(rows), C].
@@ -680,9 +682,9 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                     batch.logp_old[rows] = logp.detach()
                 mask, logp_ref = batch.mask[rows], None if batch.logp_ref is None else batch.logp_ref[rows]
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
-                gap = (old - batch.logp_sampled[rows]).abs()  # of the same policy: logp moves from the second epoch on
+                gap = (old - batch.logp_sampled[rows]).abs()  # old, not logp, which moves after the first epoch
                 loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
-                metrics.add("loss", loss.detach(), 0)  # a mean over the divisor, which is added once per epoch below
+                metrics.add("loss", loss.detach(), 0)  # 0: what it is divided by, the divisor, is added below
                 found = {"kl": kl, "clip_fraction": clipped, "entropy": entropy}
                 found |= {"cross_entropy": -old} if cfg.sft else {"sampler_gap": gap}
                 for name, values in found.items():
@@ -786,16 +788,16 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
             save_model(run)
     if report and run.main and ro:  # none if a resumed run had no step left
         report.follow(run, ro, run.done)
+    if stop:  # unfinished, so no status of success, but that of a process which the signal has ended
+        run.accelerator.wait_for_everyone()  # a launcher would kill the one that is still saving
+        run.accelerator.end_training()
+        raise SystemExit(128 + stop)
     if run.main and run.done:  # counted in the file, which also has the steps before a resume
         logged = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         skipped = sum(row["skipped_updates"] for row in logged)
         if 2 * skipped > run.done:
             rest = "their gradients were not finite (metric skipped_updates)"
             raise SystemExit(f"{skipped:.0f} of {run.done} steps changed nothing: {rest}")
-    if stop:  # unfinished, so no status of success, but that of a process which the signal has ended
-        run.accelerator.wait_for_everyone()  # a launcher would kill the one that is still saving
-        run.accelerator.end_training()
-        raise SystemExit(128 + stop)
 
 
 # ================================================================================================
@@ -897,13 +899,16 @@ class Run:
             yield
 
     def chunks(self, n: int, unit: int = 1) -> Sequence[Tensor]:
-        """Divide n rows of a micro-batch into chunks of --micro_batch; `unit` rows stay together (DPO's pairs)."""
+        """Divide n rows of a micro-batch into chunks of --micro_batch; `unit` rows (DPO's pairs) stay together.
+
+        If --micro_batch is 0, and with linear attention, there is one chunk.
+        """
         rows, size = torch.arange(n, device=self.device), max(unit, self.cfg.micro_batch // unit * unit)
         return rows.split(size) if self.cfg.micro_batch and cache_is_differentiable(self.model) else [rows]
 
     def backward(self, batch: MicroBatch, loss_of: Callable[..., Tensor], unit: int = 1) -> None:
-        # Backward runs in this thread, inside this autocast. In a thread of its own every recomputed block would open
-        # an outermost autocast, whose end clears the cache of casts: the next chunk would cast all weights again.
+        # Run backward in this thread, where autocast is on. In a thread of its own, each recomputed block would enter
+        # and leave autocast, which clears the cache of casts: the next chunk would cast all weights again.
         with self.autocast(), torch.autograd.set_multithreading_enabled(False):
             chunks = self.chunks(len(batch.ids), unit)
             two_stage_backward(self.model, batch.inputs, batch.ids, chunks, loss_of, **self.distribution)
@@ -932,7 +937,7 @@ class Run:
         drawn = [data.draw_examples(cfg.seed, examples, cfg.prompts_per_step, step, 0, slots) for step in todo]
         loader = DataLoader(self.prompts, batch_sampler=drawn, collate_fn=list, num_workers=cfg.workers)
         self.bar = tqdm(loader, initial=self.done, total=cfg.steps, disable=not self.main, dynamic_ncols=True)
-        for prompts, step in zip(self.bar, todo):  # the bar first: only so it is asked for an end, and closes at 100%
+        for prompts, step in zip(self.bar, todo):  # the bar first: else zip stops at todo, and the bar never ends
             for flaw in {flaw for prompt in data.sound(prompts) for flaw in prompt.skipped} - seen:
                 tqdm.write(f"skipped: {flaw}")
                 seen.add(flaw)
@@ -1065,8 +1070,8 @@ def build(
     """Load policy, reference and optimizer; prompts, rewards and temperature go into the Run as they are.
 
     Trained weights, among them LoRA's, are float32: bf16 would round away updates of size 1e-6. On GPUs autocast
-    computes with them in bf16; frozen ones (reference, LoRA's base, evaluation) are stored in bf16, see `cast_frozen`.
-    With --shard FSDP casts: extras/shards.py.
+    computes with them in bf16, and most frozen ones (reference, LoRA's base, evaluation) are stored in bf16, see
+    `cast_frozen`. With --shard FSDP casts: extras/shards.py.
     """
     device, reference, adapters, optimizer, saved = accelerator.device, None, None, None, None
     bf16, shard, memory, graph = device.type == AUTOCAST, trains and cfg.shard, extra("memory"), extra("graph")
@@ -1211,10 +1216,10 @@ def guarded(run: Run) -> Iterator[Callable[[], int]]:
 
 
 def save_model(run: Run) -> None:
-    """Write OUT/model atomically, in the dtype of --model; with LoRA, OUT/adapters too, as peft saves them.
+    """Write OUT/model atomically: in the dtype of --model, with LoRA in float32, and then OUT/adapters (float32) too.
 
-    Adapters are merged into a float32 copy of --model, because bf16 would round most of what they learned away, and
-    OUT/model stays float32. Call this last: without adapters it casts the policy in place.
+    Adapters are merged into a float32 copy of --model, because bf16 would round most of what they learned away. Call
+    this last: it may cast the policy in place.
     """
     out, weights, model = Path(run.cfg.out), None, run.model
     if run.cfg.shard and not run.adapters:  # every process takes part, the main one gets the weights
@@ -1293,7 +1298,7 @@ def parse(kind: type, argv: Sequence[str] | None, **about) -> Any:
 
 
 def choices_of(f: Any) -> Any:
-    """Return the valid values of a setting; None if it has bounds or none."""
+    """Return the valid values of a setting; None if they are not listed."""
     choices = f.metadata["rules"].get("choices")
     return choices() if callable(choices) else choices
 
