@@ -124,7 +124,7 @@ class Config:
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
     prompts_per_step: int = setting(16, "prompts per step, over all processes; also evaluation's batch size", least=1)
-    micro_batch: int = setting(0, "completions per training pass: a part of a group, or k x G; 0: one group (G)", least=0)
+    micro_batch: int = setting(0, "completions per training pass: part of a group, or k x G; 0: one group (G)", least=0)
     lr: float | None = setting(None, "learning rate, decaying to 0; default 1e-6, with --lora_rank 1e-5", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
     seed: int = setting(0, "seed of the order of examples and of every sampled token")
