@@ -26,6 +26,7 @@ def die(*args, **kwargs):
 def main() -> None:
     moment, argv = sys.argv[1], sys.argv[2:]
     if moment == "model":
+
         def gathered_moments(run):  # comes after the model is written
             (folder,) = (Path(run.cfg.out) / "checkpoints").glob("*.unfinished")
             whole = folder / "model" / "model.safetensors"

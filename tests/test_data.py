@@ -145,7 +145,8 @@ BAD = {  # what is wrong: (change, what the error must name); the first five con
     "no annotations": (lambda t: t.pop("annotations"), "no list 'annotations'"),
     "image without file name": (lambda t: t["images"][1].pop("file_name"), r"images\[1\] has no 'file_name'"),
     "annotation without box": (
-        lambda t: t["annotations"][2].pop("bbox"), r"annotations\[2\] of image .* has no \[x, y, width, height\]",
+        lambda t: t["annotations"][2].pop("bbox"),
+        r"annotations\[2\] of image .* has no \[x, y, width, height\]",
     ),
     "box of three numbers": (annotation(3, bbox=[1, 2, 3]), r"annotations\[3\] of image .*: bbox \[1, 2, 3\]"),
     "unknown category": (annotation(0, category_id=99), r"annotations\[0\] belongs to category 99"),
@@ -183,7 +184,10 @@ def test_bad_files_are_named(coco):
         read(coco.root)
     coco.file.write_text(text)
     coco.images.rename(coco.root / "elsewhere")
-    with pytest.raises(DataError, match="none of its images is there. Sought: .*.(png|jpg) in .*annotations and .*, also in images, data"):
+    with pytest.raises(
+        DataError,
+        match="none of its images is there. Sought: .*.(png|jpg) in .*annotations and .*, also in images, data",
+    ):
         read(coco.root)
 
 
@@ -259,6 +263,7 @@ def test_images_that_do_not_open_are_named(tmp_path):
 
 # ------------------------------------------------------------------------------------------------
 # Fitting and coordinates.
+
 
 def siglip(side: int):
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil

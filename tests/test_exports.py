@@ -13,15 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, shared
+from conftest import SHARED, shared
 from PIL import Image
 
 import data
 import rewards
-import virft
-from data import TASKS, Choice, DataError
+from data import TASKS, DataError
 from extras import check
-from extras.readers import choose, rows
 
 SIZE = (60, 40)
 DOG, CAT = [5, 6, 20, 20], [30, 10, 25, 25]  # x, y, width, height

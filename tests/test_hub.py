@@ -131,4 +131,3 @@ def test_what_the_hub_refuses_is_explained_in_three_lines_and_a_renamed_model_is
         first, second, third = told.split("\n")[:3]
         assert words in first and "bash run.sh" in third, told
     assert "huggingface.co/owner/gated" in gated and "hf auth login" in missing and "the same command" in breaks.lower()
-

@@ -262,7 +262,9 @@ def test_supervised_training_is_forecast_with_one_answer_to_a_prompt(make_run, m
     assert need == one < 46e9
     line = memory.forecast(cfg, config, run.prompts, True, 1, virft.cast_frozen, 40e9)
     assert "with --adam_bits 8 about" in line and "micro_batch" not in line
-    assert "; --micro_batch 4 takes less time" in memory.forecast(cfg, config, run.prompts, True, 1, virft.cast_frozen, 96e9)
+    assert "; --micro_batch 4 takes less time" in memory.forecast(
+        cfg, config, run.prompts, True, 1, virft.cast_frozen, 96e9
+    )
 
 
 def test_an_evaluation_holds_all_prompts_of_a_batch_on_every_process():

@@ -159,7 +159,6 @@ def glm46v():
     return transformers.Glm46VConfig(text_config=text, vision_config=vision, **families.TOKENS)
 
 
-
 # name -> (configuration, image mark, its processor over a tokenizer)
 FAMILIES: dict[str, tuple[Callable, str, Callable]] = {
     "llava": (families.llava, "<image>", lambda t: T.LlavaProcessor(

@@ -97,7 +97,9 @@ def test_marks_say_how_well_a_box_fits():
     assert draw.marks_of([10, 10, 60, 60], "rewards", "7") == [] == draw.marks_of("lily", "classification", "lily")
 
 
-@pytest.mark.parametrize("title", ["собака: 3 животных", "σκύλος", "x" * 300, "W" * 90, "a\nb", "", "a\x1db\u2029c\x85"])
+@pytest.mark.parametrize(
+    "title", ["собака: 3 животных", "σκύλος", "x" * 300, "W" * 90, "a\nb", "", "a\x1db\u2029c\x85"]
+)
 def test_titles_are_whole(title):
     """No letter is the font's empty box, and long ones are broken into lines, of which the margin stays white."""
     picture = draw.titled(Image.new("RGB", (100, 50)), title, legend=False)
@@ -210,7 +212,9 @@ def test_boxes_besides_are_no_error_where_not_all_objects_are_annotated():
     assert outcomes.outcome(row | {"exhaustive": True}) == "invented"
     assert outcomes.outcome(row | {"exhaustive": False}) == "found"
     assert outcomes.outcome(row | {"exhaustive": True, "crowds": [[40, 40, 90, 90]]}) == "found"
-    assert outcomes.outcome(row | {"exhaustive": True, "crowds": [[400, 40, 490, 90]]}) == "invented", "it lies elsewhere"
+    assert outcomes.outcome(row | {"exhaustive": True, "crowds": [[400, 40, 490, 90]]}) == "invented", (
+        "it lies elsewhere"
+    )
 
 
 def test_gains_are_counted_by_question():
@@ -320,7 +324,10 @@ def test_the_page_shows_what_there_is(tmp_path):
     (after / "new.jsonl").replace(after / "predictions.jsonl")
     report.write_report([before, evil_run(tmp_path / "train"), after], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert f"to {tmp_path.name}/after, {len(records)} questions in both: {len(records[1::3])} gained (✓ now only), 1 lost" in page
+    assert (
+        f"to {tmp_path.name}/after, {len(records)} questions in both: {len(records[1::3])} gained (✓ now only), 1 lost"
+        in page
+    )
     for heading in ("Held-out questions", "The same questions", "by outcome", "Curves", "Groups of step 3", "What ran"):
         assert heading in page, heading
     assert "Never changed: kl 0, seconds/train 1.5" in page and "3 of 3 steps, 4 s" in page

@@ -232,7 +232,9 @@ def small_run(shapes_dir, llava_dir, out, **more) -> list[str]:
     return command(**flags, data=shapes_dir, model=llava_dir, out=out)
 
 
-def test_what_was_found_in_the_data_and_a_reward_without_return_are_written_down(llava_dir, shapes_dir, tmp_path, capsys):
+def test_what_was_found_in_the_data_and_a_reward_without_return_are_written_down(
+    llava_dir, shapes_dir, tmp_path, capsys
+):
     (tmp_path / "mine.py").write_text("def noret(completion, solution):\n    float(len(completion))\n")
     flags = small_run(shapes_dir, llava_dir, tmp_path / "run", rewards=f"{tmp_path}/mine.py:noret")
     virft.main([*flags, "--rewards", f"{tmp_path}/mine.py:noret", "format=1"])

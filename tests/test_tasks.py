@@ -27,7 +27,6 @@ from extras import check, checkpoints, evaluate
 from extras.readers import choose, rows
 
 
-
 EXTRAS = {  # what the error names: (a call that needs an optional reader, its module in extras/readers)
     "--task lvis": (TASKS["lvis"].read, "lvis"),
     **{f"--task {name}": (TASKS[name].read, "classes") for name in ("flowers", "pets", "aircraft", "cars", "classes")},
@@ -453,7 +452,9 @@ def test_the_folder_of_one_lisa_split_is_evaluated(tmp_path):
         picture(tmp_path / split / f"{split}.jpg")
         table = {"text": [split], "shapes": [{"label": "target", "points": [[10, 5], [30, 8], [20, 25]]}]}
         (tmp_path / split / f"{split}.json").write_text(json.dumps(table))
-    asked = [TASKS["lisa"].read(str(folder), "val", Choice())[0][0].category for folder in (tmp_path, tmp_path / "test")]
+    asked = [
+        TASKS["lisa"].read(str(folder), "val", Choice())[0][0].category for folder in (tmp_path, tmp_path / "test")
+    ]
     assert asked == ["val", "test"]
     with pytest.raises(DataError, match="no split train"):
         TASKS["lisa"].read(str(tmp_path / "test"), "train", Choice())
@@ -586,9 +587,7 @@ MY_ROWS = """\
 MY_COMMAND = "--task rows --data rows.jsonl --rewards my_rewards.py:closeness format=0.5"
 
 
-SMALL = (
-    "--max_completion_tokens 12 --group_size 2 --prompts_per_step 2 --steps 2 --workers 0 --beta 0 --lr 0.001"
-)
+SMALL = "--max_completion_tokens 12 --group_size 2 --prompts_per_step 2 --steps 2 --workers 0 --beta 0 --lr 0.001"
 
 
 @pytest.fixture(autouse=True)
@@ -810,7 +809,9 @@ def test_an_interrupted_evaluation_goes_on(llava_dir, tmp_path, monkeypatch, cap
 @shared("coco_mini")
 def test_an_evaluation_that_starts_again_before_any_answer_has_its_own_settings(llava_dir, tmp_path, monkeypatch):
     """Interrupted before the first answer, begun again otherwise and interrupted: the first command is refused."""
-    command = f"--task coco --data {SHARED / 'coco_mini'} --model {llava_dir} --eval_only true --eval_limit 6 --workers 0"
+    command = (
+        f"--task coco --data {SHARED / 'coco_mini'} --model {llava_dir} --eval_only true --eval_limit 6 --workers 0"
+    )
     command += f" --prompts_per_step 3 --max_completion_tokens 8 --out {tmp_path / 'run'}"
     answer, left = virft.answer, [0, 1, 9]
 
