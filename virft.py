@@ -768,7 +768,14 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
     --sft and mia_dpo.py bring another rollout or update.
     """
     cfg, out, report, ro, stop = run.cfg, Path(run.cfg.out), extra("report"), None, 0
+
+    def evaluate(step: int) -> None:
+        extra("evaluate").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
+
     with guarded(run) as stopping:
+        if held_out and run.done and due(run.done, cfg.eval_every):  # the evaluation that an interruption cut off
+            if not gather_object([(out / f"eval_{run.done:06d}" / "scores.json").exists()])[0]:
+                evaluate(run.done)
         for step, prompts in run.steps():
             ro = rollout(run, prompts, step)
             metrics = update(run, ro)
@@ -781,7 +788,7 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
                 break
             evaluates = bool(held_out) and due(step, cfg.eval_every)
             if evaluates:
-                extra("evaluate").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
+                evaluate(step)
             if report and run.main and step < cfg.steps and (evaluates or saves or due(step, REPORT_EVERY)):
                 report.follow(run, ro, step)
         else:

@@ -75,8 +75,9 @@ def detection_scores(records: Sequence[dict]) -> tuple[Scores, dict[str, Scores]
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    # Numbered here: pycocotools sorts ids, and a file may have both 1 and "b".
-    number = {i: k for k, i in enumerate(dict.fromkeys(r["image_id"] for r in records))}
+    # Numbered in the order of their ids, by which pycocotools breaks ties: it cannot sort 1 and "b".
+    ids = sorted({r["image_id"] for r in records}, key=lambda i: (isinstance(i, str), i))
+    number = {i: k for k, i in enumerate(ids)}
     records = [r | {"image_id": number[r["image_id"]]} for r in records]
     annotations = [
         coco_box(r, box) | {"area": (box[2] - box[0]) * (box[3] - box[1]), "iscrowd": crowd}

@@ -118,6 +118,14 @@ def test_a_huge_wrong_box_counts_and_ids_may_be_of_two_kinds():
     assert ap(record(example(1, (10, 10, 60, 60)), right), record(example("b", (1, 1, 9, 9)), "no"))["AP50"] < 0.6
 
 
+def test_ap_does_not_depend_on_the_order_of_the_records():
+    answers = [
+        record(example(i, (10, 10, 60, 60)), exact_answer(example(i, (10, 10, 60, 60 + 40 * (i % 2)))))
+        for i in (3, 1, 2, 10)
+    ]
+    assert 0 < ap(*answers)["AP"] < 1 and ap(*answers) == ap(*answers[::-1]) == ap(*sorted(answers, key=str))
+
+
 def test_a_reward_with_the_name_of_a_score_keeps_its_own():
     records = [record(example(1, (10, 10, 60, 60)), "no")]
     records[0]["rewards"] |= {"parsed": 0.25, "answers": 0.5, "mine": 0.75}

@@ -711,6 +711,23 @@ def test_ids_of_rows_do_not_depend_on_how_the_file_is_named(tmp_path, monkeypatc
     assert {read(name, "rows")[0][0].id for name in (file, "Rows.JSONL", "./Rows.JSONL")} == {"Rows.JSONL/0"}
 
 
+def test_empty_cells_at_the_end_and_quotes_within_shift_nothing(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text('image,problem,solution\na.png,"what" is it,a,\na.png,?,b,,\n')
+    assert [(e.question, e.solution) for e in read(tmp_path / "rows.csv", "rows")[0]] == [
+        ("what is it", "a"),
+        ("?", "b"),
+    ]
+
+
+def test_rows_of_other_splits_are_not_read(tmp_path):
+    picture(tmp_path / "a.jpg")
+    text = "file,label,split\n" + "".join(f"a.jpg,cat,{split}\n" for split in ("train", "testA", "val", "unlabeled"))
+    (tmp_path / "labels.csv").write_text(text)
+    for split in ("train", "val"):
+        assert len(read(tmp_path / "labels.csv", "classes", split=split, one_split=False)[0]) == 1
+
+
 @pytest.mark.parametrize("text, message", [
     ("image,problem,solution\na.png,Is it red, or blue?,red\n", "line 2: more cells than columns"),
     ('image,problem,solution\na.png,"Say ""hi"",x\na.png,?,y\n', "not CSV .*is a quote not closed"),
@@ -737,7 +754,17 @@ def test_an_image_has_one_class_and_a_class_one_image(tmp_path):
     assert read(file, "classes")[0][0].id == "train/a.png", "without the folder"
 
 
-@pytest.mark.parametrize("names", [("0", "1"), (None, "cat"), (5, "cat"), ("dog", " ")])
+def test_categories_may_be_called_by_digits_and_an_unused_one_nothing(tmp_path):
+    content = table()
+    for category, name in zip(content["categories"], ("0", "1")):
+        category["name"] = name
+    content["categories"].append({"id": 9, "name": ""})
+    write(tmp_path / "my.json", content)
+    examples, notes = read(tmp_path / "my.json")
+    assert {e.category for e in examples} == {"0", "1"} and any("categories are called 0, 1" in note for note in notes)
+
+
+@pytest.mark.parametrize("names", [(None, "cat"), (5, "cat"), ("dog", " ")])
 def test_categories_have_names(tmp_path, names):
     content = table()
     for category, name in zip(content["categories"], names):

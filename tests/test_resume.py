@@ -168,6 +168,18 @@ def test_nothing_to_resume_is_said(shapes_dir, tmp_path):
     assert refused(shapes_dir, tmp_path).endswith("model is there, so this run is over")
 
 
+def test_an_evaluation_that_was_cut_off_is_made_on_resume(shapes_dir, tmp_path):
+    """A signal comes in the step before it, or a kill within: the checkpoint is there, the scores are not."""
+    flags = {"steps": 2, "save_every": 1, "eval_every": 2, "eval_limit": 2, "beta": 0}
+    virft.main(argv(data=shapes_dir, out=tmp_path / "run", **flags))
+    shutil.rmtree(tmp_path / "run" / "eval_000002")
+    resume(shapes_dir, tmp_path / "run", **flags)
+    scores = tmp_path / "run" / "eval_000002" / "scores.json"
+    made = scores.stat().st_mtime_ns
+    resume(shapes_dir, tmp_path / "run", **flags)
+    assert scores.stat().st_mtime_ns == made, "what is finished is not made again"
+
+
 def test_a_reward_that_was_changed_is_named_and_accepted(shapes_dir, tmp_path, capsys):
     (mine := tmp_path / "mine.py").write_text("def one(completion, solution):\n    return len(completion) / 100\n")
     flags = {"rewards": f"{mine}:one", "steps": 2, "save_every": 1, "beta": 0}

@@ -368,7 +368,7 @@ def numbers(root: Path) -> None:
     [
         (missing_image, r"labels\.csv: line 3: .*train_1\.jpg: no such image"),
         (nameless_row, r"labels\.csv: line 3: solution 'None': expected a class name"),
-        (no_split, r"labels\.csv: line 2: split is 'fit'; one of train, val, .* expected"),
+        (no_split, r"labels\.csv: no split train\. Its rows have split fit, test"),
         (numbers, r"the classes are called 6, 21 \.\.\.; a model can answer names only"),
         (lambda root: (root / "labels.csv").unlink(), r"(?s)no split train\. Images with class names are read from"),
     ],

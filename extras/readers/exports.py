@@ -135,9 +135,11 @@ def tidy(file: Path, table: dict[str, list], paths: list, choice: Choice, notes:
     """
     used = {id_key(a["category_id"]) for a in table["annotations"]}
     categories, category_of = unique(file, "categories", table["categories"], used)
-    names = [category["name"] for category in categories]
-    if odd := [n for n in names if not isinstance(n, str) or not n.strip()] or names * all(map(str.isdecimal, names)):
+    names = [category["name"] for category in categories if id_key(category["id"]) in used]
+    if odd := [repr(name) for name in names if not isinstance(name, str) or not name.strip()]:
         raise DataError(f"{file}: categories called {few(odd)}: a model can only be asked for names")
+    if names and all(map(str.isdecimal, names)):
+        notes.append(f"{file}: its categories are called {few(names)}, and so the model is asked for them")
     images, image_of = unique(file, "images", table["images"], None)
     images = [image | {side: whole_number(image.get(side)) for side in ("width", "height")} for image in images]
     size_of = {image["id"]: (image["width"], image["height"]) for image in images}

@@ -82,12 +82,15 @@ def file_rows(file: Path) -> list[tuple[str, Any]]:
             delimiter = csv.Sniffer().sniff(text.partition("\n")[0], delimiters=",;\t|").delimiter
         except csv.Error:  # a single column
             delimiter = ","
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        try:
-            rows = [(f"{file}: line {reader.line_num}", row) for row in reader]
+        try:  # strict only to find a quote that is never closed: it also refuses `"what" is it`
+            for _ in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
+                pass
         except csv.Error as error:
-            raise DataError(f"{file}: line {reader.line_num}: not CSV ({error}); is a quote not closed?") from None
-        if surplus := next((where for where, row in rows if None in row), None):
+            if "unexpected end of data" in str(error) or "field limit" in str(error):
+                raise DataError(f"{file}: not CSV ({error}); is a quote not closed?") from None
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows = [(f"{file}: line {reader.line_num}", row) for row in reader]
+        if surplus := next((where for where, row in rows if any(row.pop(None, ()))), None):
             raise DataError(f"{surplus}: more cells than columns; a cell that holds {delimiter!r} needs quotes")
         return rows
     rows = []
@@ -106,10 +109,11 @@ def split_of(row: Any) -> str:
 
 
 def have_splits(rows: list) -> bool:
-    """Return whether rows name their splits. Raises DataError if they name others than SPLIT_NAMES."""
+    """Return whether rows name their splits. Raises DataError if none is of SPLIT_NAMES; others are never read."""
     named = [(where, split_of(row)) for where, row in rows if column(row, "split") is not None]
-    if unknown := next((f"{where}: split is {name!r}" for where, name in named if name not in SPLIT_NAMES), None):
-        raise DataError(f"{unknown}; one of {', '.join(SPLIT_NAMES)} expected; a column of another meaning: rename it")
+    if named and not any(name in SPLIT_NAMES for _, name in named):
+        (where, name), known = named[0], ", ".join(SPLIT_NAMES)
+        raise DataError(f"{where}: split is {name!r}; one of {known} expected; a column of another meaning: rename it")
     return bool(named)
 
 
