@@ -215,7 +215,7 @@ def image_size(source: ImageSource, expected_size: Size | None = None) -> Size:
 
 def upright_size(source: ImageSource, image: Image.Image, expected_size: Size | None) -> Size:
     """Return the (width, height) of an open image, turned by its EXIF tag. Raises DataError as open_image does."""
-    # Orientations 5 to 8 swap width and height; PIL has done so for TIFF. A PNG's own getexif would decode it.
+    # Orientations 5 to 8 swap width and height; PIL already swaps them for TIFF. A PNG's own getexif would decode it.
     sideways = image.format != "TIFF" and Image.Image.getexif(image).get(0x0112) in (5, 6, 7, 8)
     width, height = size = image.size[::-1] if sideways else image.size
     if max(size) > MAX_ASPECT * min(size):
@@ -427,7 +427,7 @@ def read_table(file: Path, needed: dict[str, tuple]) -> dict[str, list]:
 
 
 def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
-    """Find the images of records in the folders around `file`: by whole file_names, or all by the names alone.
+    """Find the images of records in the folders around `file`: by file_name; if none is found so, by base name.
 
     An image that is missing gets the path at which it was expected. Raises DataError if two records find the same file.
     """

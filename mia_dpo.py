@@ -255,8 +255,9 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 
 
 def is_right(answer: str, truth: str) -> bool:
-    """Return whether an answer is the known one by the rules of the rewards: boxes by an IoU above 0.5 (of several
-    boxes on average, so two of three may do: too good to be rejected), else the words.
+    """Return whether an answer is the known one by the rules of the rewards: boxes by a mean IoU above 0.5, else words.
+
+    Two of three boxes may do: such an answer is too good to be rejected.
     """
     if (boxes := parse_detections(truth)) is not None:
         return iou_reward(answer, [box for box, _ in boxes]) > 0.5
@@ -455,7 +456,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         ("layouts", good, f"weights above 0 of {', '.join(LAYOUTS)}"),
         ("limits", limits.keys() <= LAYOUTS.keys(), f"shares, of {', '.join(LAYOUTS)}"),
         ("limits", all("=" in limit for limit in cfg.limits), "LAYOUT=SHARE, as grid4=0.25"),
-        ("out", cfg.out.endswith(".jsonl") and not folder.is_file(), "a file NAME.jsonl, and NAME no file"),
+        ("out", cfg.out.endswith(".jsonl") and not folder.is_file(), "a file NAME.jsonl, with no file called NAME"),
         ("out", not any(p.is_relative_to(folder) for p in used), "outside --data and --model: its folder is NAME"),
         ("out", Path(cfg.out).resolve() not in used, "another file than --data"),
     ])  # fmt: skip

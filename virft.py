@@ -123,7 +123,7 @@ class Config:
     mask_truncated: bool = setting(False, "exclude truncated completions from the loss, not from their group's mean")
 
     steps: int = setting(200, "training steps (sample, score, update)", "Optimization", least=1)
-    prompts_per_step: int = setting(16, "prompts per step, over all processes; also evaluation's batch size", least=1)
+    prompts_per_step: int = setting(16, "prompts per step over all processes; evaluation: of each process", least=1)
     micro_batch: int = setting(0, "completions per training pass: part of a group, or k x G; 0: one group (G)", least=0)
     lr: float | None = setting(None, "learning rate, decaying to 0; default 1e-6, with --lora_rank 1e-5", above=0)
     warmup_steps: int = setting(0, "steps of linear warm-up", least=0)
@@ -145,7 +145,7 @@ class Config:
     eval_only: bool = setting(False, "evaluate --model on the validation split and stop", needs="evaluate")
     eval_every: int = setting(0, "steps between evaluations; 0: none", least=0, needs="evaluate")
     eval_limit: int | None = setting(None, "evaluate on this many examples, chosen by seed; default: all", least=1)
-    eval_categories: str = setting("gt", "categories asked for (gt: those shown)", choices=("gt", "all", "listed"))
+    eval_categories: str = setting("gt", "categories asked for (gt: its own)", choices=("gt", "all", "listed"))
     report_to: list[str] = setting([], "trackers besides metrics.jsonl: tensorboard, wandb, ...")
 
 
@@ -315,7 +315,7 @@ def sample(
     first EOS a row is padded with EOS. Every LOOK_EVERY tokens, ended rows are dropped if they are half of the batch or
     more; fewer would not pay for the copy of the remaining cache. Between two such checks shapes are constant, nothing
     synchronizes with the GPU, and all changes are in place, so that `capture` may record the step and return a function
-    that repeats it faster. extras/graph.py does, as a CUDA graph, or returns the step where that fails or differs.
+    that repeats it faster. extras/graph.py records a CUDA graph; if that fails or differs, it returns the step itself.
     """
     B, P = inputs["input_ids"].shape
     rows = torch.arange(B * group_size, device=eos.device)  # the rows that are decoded
@@ -392,8 +392,7 @@ def token_logps(logits: Tensor, ids: Tensor, temperature: float, forbidden: Tens
 
     logits [N, C, V] predict ids [N, C]. The float32 log-softmax is computed in blocks of FLOAT32_BLOCK logits, or of a
     32nd of all if that is more, and recomputed in the backward pass. If it were stored, it would take several times 4 V
-    bytes a token (V = 150,000). More blocks than 32 would save little beside the logits, and a GPU would wait for
-    Python.
+    bytes a token (V = 150,000). More blocks would save little beside the logits, and a GPU would wait for Python.
     The language model's layers are not recomputed; chunks of completions (`two_stage_backward`) bound what they store.
     """
 
@@ -684,7 +683,7 @@ def update(run: "Run", ro: Rollout) -> "Averages":
                 old, A, w = batch.logp_old[rows], batch.advantages[rows], batch.weights[rows]
                 gap = (old - batch.logp_sampled[rows]).abs()  # old, not logp, which moves after the first epoch
                 loss, kl, clipped = grpo_loss(logp, old, logp_ref, A, mask, w, cfg.clip, cfg.beta)
-                metrics.add("loss", loss.detach(), 0)  # 0: what it is divided by, the divisor, is added below
+                metrics.add("loss", loss.detach(), 0)  # count 0: the divisor is added below
                 found = {"kl": kl, "clip_fraction": clipped, "entropy": entropy}
                 found |= {"cross_entropy": -old} if cfg.sft else {"sampler_gap": gap}
                 for name, values in found.items():
@@ -749,9 +748,9 @@ def exchange_gradients(parameters: list[nn.Parameter]) -> None:
     DDP would average, exchange in every backward pass that `no_sync` does not exempt, and wrap the model. The processes
     load the same weights and take the same steps, so they stay equal. A gradient may exist on some processes only (of
     an expert that no token reached, for example), and a process that left out a call would make the others wait: so
-    they first agree which exist.
-    A gradient that is missing on some processes counts as 0 there; one that is missing on all stays missing. The calls
-    are asynchronous and tensor by tensor: flattened into one tensor the gradients would be in memory twice.
+    they first agree which exist. A gradient that is missing on some processes counts as 0 there; one that is missing on
+    all stays missing. The calls are asynchronous and tensor by tensor: flattened into one tensor the gradients would be
+    in memory twice.
     """
     has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     dist.all_reduce(has, op=dist.ReduceOp.MAX)
@@ -795,7 +794,7 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
             save_model(run)
     if report and run.main and ro:  # none if a resumed run had no step left
         report.follow(run, ro, run.done)
-    if stop:  # unfinished, so no status of success, but that of a process which the signal has ended
+    if stop:  # unfinished: exit with 128 + signal number, as shells report it
         run.accelerator.wait_for_everyone()  # a launcher would kill the one that is still saving
         run.accelerator.end_training()
         raise SystemExit(128 + stop)
@@ -1071,6 +1070,30 @@ def connect(cfg: Any) -> Accelerator:
     return accelerator
 
 
+def make_trainable(model: nn.Module, cfg: Any, adapters_at: str | None) -> Any:
+    """Choose the parameters that are trained; return peft's handle on LoRA adapters, or None.
+
+    adapters_at: folder of adapters to continue.
+    """
+    adapters = None
+    if getattr(model, "hf_quantizer", None):
+        raise SystemExit(f"model {cfg.model} is quantized: it cannot be trained and saved; take the original weights")
+    if cfg.lora_rank:
+        adapters = extra("adapters").add(model, cfg.lora_rank, cfg.seed, adapters_at)
+    elif cfg.freeze_vision:
+        extra("adapters").freeze_vision(model)
+    # Where memory counts: on GPUs, or where --micro_batch says so.
+    if (memory := extra("memory")) and (model.device.type == AUTOCAST or cfg.micro_batch):
+        memory.checkpoint_vision(model)
+    return adapters
+
+
+def make_optimizer(cfg: Any, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if cfg.adam_bits == 8:
+        return extra("memory").adamw_8bit(trained, lr=cfg.lr, **ADAM)
+    return torch.optim.AdamW(trained, lr=cfg.lr, **ADAM, fused=True)
+
+
 def build(
     cfg: Any, accelerator: Accelerator, prompts: Prompts, rewards: dict, trains: bool, temperature: float = 1.0
 ) -> Run:  # fmt: skip
@@ -1106,25 +1129,13 @@ def build(
     dtype = "auto" if bf16 and (cfg.lora_rank or not trains) else torch.float32
     model = load_model(source, dtype, device).requires_grad_(trains)
     if trains:
-        if getattr(model, "hf_quantizer", None):
-            raise SystemExit(f"model {source} is quantized: it cannot be trained and saved; take the original weights")
-        if cfg.lora_rank:
-            adapters = extra("adapters").add(model, cfg.lora_rank, cfg.seed, saved and saved.model)
-        elif cfg.freeze_vision:
-            extra("adapters").freeze_vision(model)
-        # Where memory counts: on GPUs, or where --micro_batch says so.
-        if memory and (bf16 or cfg.micro_batch):
-            memory.checkpoint_vision(model)
+        adapters = make_trainable(model, cfg, saved and saved.model)
     placed(model)
     if trains:
         if cfg.beta and not adapters:
             # Loaded in float32 like the policy, then cast: loaded in bf16, its buffers would differ from the policy's.
             reference = placed(load_model(cfg.model, torch.float32, device).requires_grad_(False))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if cfg.adam_bits == 8:
-            optimizer = extra("memory").adamw_8bit(trained, lr=cfg.lr, **ADAM)
-        else:
-            optimizer = torch.optim.AdamW(trained, lr=cfg.lr, **ADAM, fused=True)
+        optimizer = make_optimizer(cfg, [p for p in model.parameters() if p.requires_grad])
         if saved:
             saved.restore(model, optimizer, accelerator.is_main_process)
     special = special_tokens(model, prompts.processor)
@@ -1330,7 +1341,7 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
 
 
 def begun(out: Path) -> bool:
-    """Return whether a folder holds a run that took a step, or gave an answer: more than the start writes."""
+    """Return whether a folder holds a run with a step or an answer, not just the files written at its start."""
     names = set(os.listdir(out)) if out.is_dir() else set()
     return "config.json" in names and not names <= {"config.json", "setup.txt", "used.json"}
 

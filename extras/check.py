@@ -137,7 +137,10 @@ def unearnable(run: Any) -> list[str]:
 
 
 def own_without_a_score(run: Any, first: Prompt) -> list[str]:
-    """Report the user's rewards that return None for a right answer, which is how one abstains."""
+    """Report the user's rewards that return None for the first question's right answer.
+
+    None abstains, and is also what a function without `return` gives.
+    """
     answer = data.model_answer(run.prompts.task, first.example, first.target, run.prompts.think)
     own = {name: reward for name, (reward, _) in (run.rewards or {}).items() if name not in REWARDS}
     return [
@@ -283,7 +286,7 @@ def questions(task: Task, picture: Path, asked: str | None) -> list[Example]:
     """Return questions without ground truth about the user's picture: one per category, or a single one."""
     size = open_image(picture).size
     if asked == "base65":
-        raise DataError("--categories base65: those of a dataset but for novel15; --ask has none, so list the names")
+        raise DataError("--categories base65 needs the categories of a dataset, and --ask has none: list the names")
     names = data.plain_names(published(asked, ())) if task.asks_for == "categories" else [asked or ""]
     question = None if task.prompt else asked
     return [Example(f"{picture}/{name}", (picture,), size, (), name, question=question) for name in names]

@@ -129,7 +129,7 @@ def save(run: Any) -> None:
             shutil.rmtree(folder, ignore_errors=True)  # a checkpoint of this step from before a resume
             new.rename(folder)
             for old in folders(out)[:-KEEP]:
-                shutil.rmtree(old.rename(old.with_suffix(".unfinished")), ignore_errors=True)  # one may be open
+                shutil.rmtree(old.rename(old.with_suffix(".unfinished")), ignore_errors=True)  # a file may be open
             print(f"{run.done} of {run.cfg.steps} steps done; --resume true continues from {folder}", flush=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
@@ -239,8 +239,8 @@ def interruptible(run: Any, save_model: Callable[[Any], None]) -> Iterator[Calla
 
     Yields `stopping()`, which returns the signal that any process received, or 0; all get the same value. After
     an error of the main process this saves a checkpoint if no optimizer step was cut short (run.whole), otherwise
-    only the model. With --shard it saves nothing: gathering shards needs all processes, which may not have failed.
-    If another process fails, the launcher ends the main one, which waits for it, and only --save_every has saved.
+    only the model. With --shard it saves nothing: gathering shards needs all processes, and those that did not fail
+    do not take part. If another process fails, the launcher ends the main one: only what --save_every saved remains.
     """
     signals = StopAtSignal()
 

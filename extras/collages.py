@@ -163,7 +163,7 @@ class Questions(Dataset):
     cell: int
     seed: int
     noise: bool = False  # show the model collages with NOISE; the files stay clean
-    pool: Sequence[Example] | None = None  # whose images an image is put among; None: those of the questions
+    pool: Sequence[Example] | None = None  # examples that supply the other images; None: those of the questions
 
     def __len__(self) -> int:
         return len(self.prompts.examples)

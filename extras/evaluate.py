@@ -370,11 +370,10 @@ def evaluate(
         if not cfg.eval_only:
             shutil.rmtree(out, ignore_errors=True)  # an evaluation of this step from before a resume: other weights
         kept = recover(out, examples)
-        out.mkdir(parents=True, exist_ok=True)
-        if not kept:
-            write_whole(out / USED, json.dumps(used_files(cfg.model, cfg.rewards)))
     (kept,) = broadcast_object_list([kept])
     out.mkdir(parents=True, exist_ok=True)
+    if run.main and not kept:
+        write_whole(out / USED, json.dumps(used_files(cfg.model, cfg.rewards)))
     if kept:
         say(f"continuing with {len(kept)} of {len(examples)} answers from {out}")
     left = sorted(set(range(len(examples))) - {record["row"] for record in kept})

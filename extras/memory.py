@@ -109,7 +109,7 @@ def needed(
     if hasattr(cfg, "answers"):  # mia_dpo.py build
         G, prompts = max(1, cfg.answers), cfg.batch
     else:
-        G = getattr(cfg, "group_size", 2) if trains and not getattr(cfg, "sft", False) else 1
+        G = answers_per_prompt(cfg) if trains else 1
         prompts = max(1, cfg.prompts_per_step // processes) if trains else cfg.prompts_per_step
     rows = G * prompts
     widths = [first_linear(block).in_features for block in vision_blocks(model)]
@@ -135,6 +135,11 @@ def needed(
     }  # fmt: skip
     gathered = 2 * (sum(p.numel() for p in stored) + adapters) if cfg.shard else casts
     return {"train": states + sum(training.values()), "sample": states + gathered + max(prefill, decode)}
+
+
+def answers_per_prompt(cfg: Any) -> int:
+    """Return G in training: --group_size, one with --sft, two in DPO."""
+    return 1 if getattr(cfg, "sft", False) else getattr(cfg, "group_size", 2)
 
 
 def patches_of(pixels: Tensor, config: Any) -> int:
@@ -173,11 +178,10 @@ def forecast(
     line = f"memory: needs about {need / GB:.0f} GB, this GPU has {has / GB:.0f}"
     limited = hasattr(prompts.processor.image_processor, "merge_size")  # by --max_pixels: data.show_whole_images
     room, is_dpo = 0.95 * has, not hasattr(cfg, "group_size")  # the rest is for what the allocator cannot use
-    G = 1 if is_dpo or cfg.sft else cfg.group_size
+    G = answers_per_prompt(cfg)
     for remedy in REMEDIES if trains and need > room else ():
-        flags = {name: value for name, value in remedy.items() if not saves_as_much(name, getattr(cfg, name), value)}
-        if G == 1 and not is_dpo and cfg.micro_batch == 0:  # already the least
-            flags.pop("micro_batch", None)
+        now = {name: getattr(cfg, name) for name in remedy} | {"micro_batch": cfg.micro_batch or G}
+        flags = {name: value for name, value in remedy.items() if not saves_as_much(name, now[name], value)}
         changed = replace(cfg, **flags)
         if changed.shard and (processes == 1 or changed.adam_bits == 8) or is_dpo and "beta" in flags:
             continue
@@ -203,7 +207,7 @@ def saves_as_much(name: str, now: Any, advised: Any) -> bool:
     """Return whether a setting takes no more memory than the advised value."""
     if name in ("shard", "freeze_vision"):
         return now
-    return 0 < now <= advised or now == advised  # 0 switches --micro_batch and --lora_rank off
+    return 0 < now <= advised or now == advised  # 0 switches --lora_rank off
 
 
 def words(flags: dict[str, Any]) -> str:

@@ -875,7 +875,7 @@ def test_a_folder_that_no_build_made_is_not_touched(tmp_path):
         mia_dpo.parse_build(["--data", "rows.jsonl", "--out", str(tmp_path / "coco.jsonl")])
     with pytest.raises(SystemExit, match="outside --data and --model"):
         mia_dpo.parse_build(["--data", str(tmp_path / "coco"), "--out", str(tmp_path / "coco.jsonl")])
-    with pytest.raises(SystemExit, match="NAME no file"):
+    with pytest.raises(SystemExit, match="no file called NAME"):
         mia_dpo.parse_build(["--data", "rows.jsonl", "--out", str(tmp_path / "coco" / "photo.jpg.jsonl")])
     assert (tmp_path / "coco" / "photo.jpg").read_text() == "x"
 

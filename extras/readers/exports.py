@@ -148,7 +148,7 @@ def tidy(file: Path, table: dict[str, list], paths: list, choice: Choice, notes:
             "image_id": image_of.get(id_key(a["image_id"]), a["image_id"]),
             "category_id": category_of.get(id_key(a["category_id"]), a["category_id"]),
             "iscrowd": int(id_key(a.get("iscrowd")) in ("1", "True")),
-            "bbox": a["bbox"] if isinstance(a.get("bbox"), (list, tuple)) else None,  # no text, whose letters would do
+            "bbox": a["bbox"] if isinstance(a.get("bbox"), (list, tuple)) else None,  # four letters would pass
         }
         for a in table["annotations"]
     ]  # fmt: skip

@@ -30,7 +30,7 @@ def read_lvis(data: str, split: str, choice: Choice) -> Found:
         whole_file(root, split, choice)
     table = read_table(file, LVIS_FIELDS)
     if lost := [row for row, record in enumerate(table["images"]) if not isinstance(record["coco_url"], str)]:
-        raise DataError(f"{file}: images[{lost[0]}] has no coco_url, whose end is the place of its file")
+        raise DataError(f"{file}: images[{lost[0]}] has no coco_url; its end is the path of the image")
     for record in table["categories"]:
         record["name"] = plain_name(record["name"])
     name_of = {record["id"]: record["name"] for record in table["categories"]}

@@ -103,17 +103,17 @@ def file_rows(file: Path) -> list[tuple[str, Any]]:
 
 
 def split_of(row: Any) -> str:
-    """Return the split of a row in lower case, Hugging Face's name for it; an empty cell means train."""
+    """Return a row's split in lower case, with training as train and testing as test; an empty cell means train."""
     name = str(column(row, "split") or "train").strip().lower()
     return {"training": "train", "testing": "test"}.get(name, name)
 
 
 def have_splits(rows: list) -> bool:
-    """Return whether rows name their splits. Raises DataError if none is of SPLIT_NAMES; others are never read."""
+    """Return whether rows name their splits. DataError if none is one of SPLIT_NAMES; other rows are left out."""
     named = [(where, split_of(row)) for where, row in rows if column(row, "split") is not None]
     if named and not any(name in SPLIT_NAMES for _, name in named):
         (where, name), known = named[0], ", ".join(SPLIT_NAMES)
-        raise DataError(f"{where}: split is {name!r}; one of {known} expected; a column of another meaning: rename it")
+        raise DataError(f"{where}: split is {name!r}; one of {known} expected. Rename a column of another meaning")
     return bool(named)
 
 
