@@ -795,8 +795,7 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
     if report and run.main and ro:  # none if a resumed run had no step left
         report.follow(run, ro, run.done)
     if stop:  # unfinished: exit with 128 + signal number, as shells report it
-        run.accelerator.wait_for_everyone()  # a launcher would kill the one that is still saving
-        run.accelerator.end_training()
+        finish(run)
         raise SystemExit(128 + stop)
     if run.main and run.done:  # counted in the file, which also has the steps before a resume
         logged = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
@@ -1190,6 +1189,16 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     run.accelerator.wait_for_everyone()
 
 
+def finish(run: Run) -> None:
+    """Wait for all processes, then close trackers and connections.
+
+    The launcher kills the process that is still saving when another one fails, and with gloo and --shard one that ends
+    right after it sent tensors may fail: a thread of gloo still holds them while Python shuts down.
+    """
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+
+
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -1381,17 +1390,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         held_out, _ = load_examples(cfg, "val") if cfg.eval_every and not cfg.eval_only and not cfg.check else ((), ())
         run = start(cfg)
+        if not (cfg.ask or cfg.check):
+            open_out(run, 1 if cfg.sft else cfg.group_size, "completions")
         if cfg.ask:
-            return extra("check").ask(run, answer)
-        if cfg.check:
-            return extra("check").check(run, rollout, micro_batches)
-        open_out(run, 1 if cfg.sft else cfg.group_size, "completions")
-        if cfg.eval_only:
+            extra("check").ask(run, answer)
+        elif cfg.check:
+            extra("check").check(run, rollout, micro_batches)
+        elif cfg.eval_only:
             extra("evaluate").evaluate(run, answer, run.prompts.examples, Path(cfg.out))
         else:
             other = {"rollout": partial(extra("variants").supervised, judged=judged)} if cfg.sft else {}
             train(run, held_out, **other)
-        run.accelerator.end_training()
+        finish(run)
     except DataError as error:
         raise SystemExit(f"data: {error}") from None
 

@@ -54,7 +54,7 @@ def main() -> None:
     if run.accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         save_file({n: t.contiguous() for n, t in tensors.items()}, out / "tensors.safetensors")
-    run.accelerator.end_training()
+    virft.finish(run)
 
 
 if __name__ == "__main__":

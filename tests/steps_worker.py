@@ -120,7 +120,7 @@ def main() -> None:
     if run.accelerator.is_main_process:
         save_file(tensors, out / "tensors.safetensors")
         (out / "facts.json").write_text(json.dumps(facts))
-    run.accelerator.end_training()
+    virft.finish(run)
 
 
 if __name__ == "__main__":

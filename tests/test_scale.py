@@ -223,3 +223,32 @@ def test_the_configuration_launches(shapes_dir, tmp_path, shard):
         load_file(folder / "model.safetensors") for folder in (ROOT / "demo" / "model", tmp_path / "run" / "model")
     ]
     assert any((weights[1][name] != tensor).any() for name, tensor in weights[0].items())
+
+
+LEAVES = """
+import atexit, os, time
+from pathlib import Path
+import virft
+folder, replaced = Path(os.environ["OUT"]), virft.replace_folder
+def slowly(*args):
+    time.sleep(2)
+    replaced(*args)
+virft.replace_folder = slowly
+atexit.register(lambda: (folder / f"left_{os.environ['RANK']}").write_text(str((folder / "model").exists())))
+virft.main()
+"""
+
+
+def test_no_process_leaves_while_another_saves(shapes_dir, tmp_path, monkeypatch):
+    """One that left while gloo's threads held its tensors could abort, and the launcher then kills the one that saves.
+
+    atexit counts as leaving: Python's shutdown begins there.
+    """
+    out = tmp_path / "run"
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    argv = ["--task", "coco", "--data", shapes_dir, "--model", ROOT / "demo" / "model", "--out", out, "--steps", "1"]
+    argv += ["--workers", "0", "--prompts_per_step", "2", "--group_size", "2", "--max_completion_tokens", "8"]
+    launch(tmp_path / "leaves.py", 2, *argv, "--shard", "true")
+    assert [(out / f"left_{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
