@@ -1192,10 +1192,12 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
 def finish(run: Run) -> None:
     """Wait for all processes, then close trackers and connections.
 
-    The launcher kills the process that is still saving when another one fails, and with gloo and --shard one that ends
-    right after it sent tensors may fail: a thread of gloo still holds them while Python shuts down.
+    The launcher kills a process that is still saving when another one fails. With --shard on CPUs one may fail when it
+    ends right after it exchanged tensors: a thread of gloo releases them, which aborts when Python is shutting down.
     """
     run.accelerator.wait_for_everyone()
+    if run.accelerator.num_processes > 1:
+        time.sleep(0.5)  # the barrier, too, may hold tensors: of the exchange before it
     run.accelerator.end_training()
 
 
