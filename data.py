@@ -174,7 +174,8 @@ def seen_size(images: Any, size: Size) -> Size:
 def opened(source: ImageSource) -> Iterator[Image.Image]:
     """Open an image without decoding it. Raises DataError, naming it, if it is missing, cut off or not an image."""
     try:
-        with Image.open(source if isinstance(source, Path) else source()) as image:
+        # Open the file here: Pillow maps one that it opens itself into memory, turned TIFFs with the wrong sides.
+        with source.open("rb") if isinstance(source, Path) else source() as file, Image.open(file) as image:
             yield image
     except Exception as error:  # PIL's plugins raise what they like
         why = "no such image" if isinstance(error, FileNotFoundError) else f"not a whole image ({error})"
@@ -221,10 +222,8 @@ def upright_size(source: ImageSource, image: Image.Image, expected_size: Size | 
     if max(size) > MAX_ASPECT * min(size):
         raise DataError(f"{source}: the image is {width}x{height}, an aspect ratio above {MAX_ASPECT}")
     if expected_size and size != tuple(expected_size):
-        raise DataError(
-            f"{source}: the image is {width}x{height} once upright, its annotation says "
-            f"{expected_size[0]}x{expected_size[1]}: the boxes would not fit it"
-        )
+        told = "x".join(map(str, expected_size))
+        raise DataError(f"{source}: the image is {width}x{height} once upright, its annotation says {told}")
     return size
 
 
@@ -432,7 +431,7 @@ def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
     An image that is missing gets the path at which it was expected. Raises DataError if two records find the same file.
     """
     name, around = re.sub("^(instances|captions)_", "", file.stem), (file.parent, file.parent.parent)
-    folders = [p / part for p in around for part in ("", "images", "data", "JPEGImages", name, f"images/{name}")]
+    folders = [p / part for p in around for part in (name, f"images/{name}", "", "images", "data", "JPEGImages")]
     names = [n.replace("\\", "/") if isinstance(n := r.get("file_name"), str) else "" for r in records]
     listed, users = cache(names_in), {}
     for parts in (names, [Path(name).name for name in names]):
@@ -513,7 +512,8 @@ def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: 
         where = f"{file}: annotations[{row}]"
         if image_id not in images or category_id not in name_of:
             missing = f"image {image_id}" if image_id not in images else f"category {category_id}"
-            raise DataError(f"{where} belongs to {missing}, which the file does not list")
+            flaws.setdefault(image_id, f"{where} belongs to {missing}, which the file does not list")
+            continue
         if image_id in broken:  # its size may be missing
             continue
         width, height = images[image_id][1]

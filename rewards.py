@@ -42,6 +42,7 @@ _CORNERS = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)\s*,\s*\(\s*{_NUMBER
 _FENCE = re.compile(r"```[a-z]*\s(.*)```", re.DOTALL)
 _THINK_ANSWER = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_PLAIN = str.maketrans("\N{MINUS SIGN}\N{HYPHEN}\N{EN DASH}\N{RIGHT SINGLE QUOTATION MARK}", "---'")
 
 
 def _blocks(completion: str) -> tuple[int, int]:
@@ -250,16 +251,19 @@ def non_repeat_reward(completion: str, solution: object = None) -> float:
     Sentences of two words or more are compared by `normalize_name`. It invites empty thoughts, which earn 1.
     """
     thought = re.sub("</?think>", " ", completion.partition("<answer>")[0])
-    sentences = [words for part in re.split(r"[.!?;]\s|\n", thought) if " " in (words := normalize_name(part))]
+    parts = map(normalize_name, re.split(r"[.!?;](?!\d)|[。！？；\n]", thought))
+    sentences = [words for words in parts if " " in words or len(words) > 3 and not words.isascii()]
     return float(len(set(sentences)) == len(sentences))
 
 
 def normalize_name(name: str) -> str:
     """Remove the differences between spellings: Unicode form, case, white space, `_`, `-`, punctuation at the ends."""
-    text = unicodedata.normalize("NFKC", name).casefold().replace("\N{MINUS SIGN}", "-")
-    text = re.sub(r"(?<!\w)-(?=\.?\d)", "\0", text)  # the sign of a number stays, a hyphen does not
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^\g<0>", name)  # NFKC would make 105 of 10⁵
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_PLAIN)
+    text = re.sub(r"(?<![\w.)\]'\"])-(?=[^\s_-])", "\0", text)  # a sign stays, a hyphen does not
     text = re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)
-    return " ".join(re.sub(r"[\s_-]", " ", text).strip(" .,;:!?'\"`*()[]“”‘’„«»。").split()).replace("\0", "-")
+    plain = " ".join(re.sub(r"[\s_-]", " ", text).strip(" .,;:!?'\"`*()[]“”‘„«»。").split()).replace("\0", "-")
+    return plain or text.strip()  # a name of punctuation is not the empty answer
 
 
 def published_accuracy(completion: str, solution: str | Sequence[str]) -> float:
@@ -351,13 +355,10 @@ def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Cal
     """
     chosen = {}
     for name, weight in weights.items():
-        if ".py:" in name:
-            reward = load_reward(name)
-            name = reward.__name__
-        elif name in REWARDS:
-            reward = REWARDS[name]
-        else:
+        reward = load_reward(name) if ".py:" in name else REWARDS.get(name)
+        if reward is None:
             raise ValueError(f"unknown reward {name}; known are {', '.join(REWARDS)}, file.py:function for yours")
+        name = name.rpartition(":")[2]
         if name in chosen:
             raise ValueError(f"two rewards are called {name}, the name of their column in metrics.jsonl: rename yours")
         given = {key: settings[key] for key in asked_for(reward) & settings.keys()}
@@ -368,8 +369,7 @@ def choose_rewards(weights: dict[str, float], **settings) -> dict[str, tuple[Cal
 def load_reward(name: str) -> Callable[..., float]:
     """Load a user's `path/to/file.py:function` and check its results. Raises ValueError, naming file and function."""
     file, _, function = name.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
+    if not (path := Path(file)).is_file():
         raise ValueError(f"{name}: no file {file}")
     spec = importlib.util.spec_from_file_location(f"reward_file_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -136,7 +136,8 @@ def single_image_question(
     """
     question, target = task.question(example, seen, coordinates, think=False)
     names = example.solution if isinstance(example.solution, (list, tuple)) else [example.solution]
-    names = names if all(isinstance(name, str) for name in names) else [example.solution]
+    named = names and all(isinstance(name, str) for name in names)  # an empty list is the solution `No Objects`
+    names = names if named else [example.solution]
     accepted = [replace(example, solution=name) for name in names]
     asked = f"{system_prompt or ''} {question}"
     if "<answer>" in asked:  # then the answer has the tags that are asked for

@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,6 +205,21 @@ def test_the_size_in_the_header_is_that_of_the_upright_image(tmp_path, kind, ori
     Image.new("RGB", (64, 48)).save(tmp_path / f"a.{kind}", exif=tag)
     size = data.open_image(tmp_path / f"a.{kind}").size
     assert data.image_size(tmp_path / f"a.{kind}") == size == ((48, 64) if orientation in (5, 6, 7, 8) else (64, 48))
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+def test_what_lies_in_a_turned_tiff_lies_where_its_size_says(tmp_path, mode, orientation):
+    """Pillow maps uncompressed files into memory, with the sides of the upright image for the rows of the stored one."""
+    stored = np.zeros((48, 64), dtype="uint16" if mode == "I;16" else "uint8")
+    stored[10:20, 5:15] = 60_000 if mode == "I;16" else 255
+    image = Image.fromarray(stored).convert("RGB") if mode == "RGB" else Image.fromarray(stored)
+    image.save(tmp_path / "a.tiff", tiffinfo={0x0112: orientation})
+    expected = np.rot90(stored, {6: -1, 8: 1}[orientation]) > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        upright = data.open_image(tmp_path / "a.tiff", (48, 64))
+    assert (np.asarray(upright)[..., 0] == 255 * expected).all()
 
 
 def test_gray_images_with_holes_and_of_the_other_endian_are_stretched(tmp_path):

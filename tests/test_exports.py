@@ -228,6 +228,13 @@ def test_images_without_any_box_become_negatives(tmp_path):
     assert all(e.solution for e in read(tmp_path / "my.json", negatives=0.34, shots=1)[0]), "few-shot"
 
 
+def test_images_of_other_categories_become_negatives(tmp_path):
+    write(tmp_path / "my.json", table())
+    examples, notes = read(tmp_path / "my.json", categories="cat", negatives=0.5)
+    assert found(examples) == {("a.jpg", "cat", (CORNERS["cat"],)), ("b.jpg", "cat", ())}
+    assert not any("examples found" in note for note in notes)
+
+
 def test_categories_with_commas(tmp_path):
     content = table(categories=[{"id": 1, "name": "chair, folding"}, {"id": 2, "name": "cat"}])
     write(tmp_path / "my.json", content)
@@ -273,6 +280,10 @@ ODD = {
     "one id, two images": (in_first("images", id=2), "two images share an id or a name: .*a.jpg.* and .*b.jpg"),
     "one id, two categories": (in_first("categories", id=2), "two categories share an id or a name"),
     "one name, two ids": (in_first("categories", name="cat"), "two categories share an id or a name"),
+    "two spellings of one name": (in_first("categories", name="Cat_"), "two categories share an id or a name"),
+    "a box of an image that is not listed": (in_first("annotations", image_id=9), r"\[0\] belongs to image 9, which"),
+    "a box of a category that is not listed": (in_first("annotations", category_id=9), "belongs to category 9, which"),
+    "a box that is there twice": (lambda t: t["annotations"].append(t["annotations"][0] | {"id": 9}), None),
     "two records of one file": (in_first("images", file_name="b.jpg"), r"images\[0\] and images\[1\] are the same"),
     "all crowds (CVAT's masks)": (every("annotations", "iscrowd", lambda c: 1), None),
     "iscrowd as text": (in_first("annotations", iscrowd="0"), None),
@@ -280,8 +291,8 @@ ODD = {
     "NaN": (in_first("annotations", bbox=[5, float("nan"), 20, 20]), r"annotations\[0\] of image 1 .* is not finite"),
     "infinite": (in_first("annotations", bbox=[5, 6, float("inf"), 20]), "is not finite"),
     "null in a box": (in_first("annotations", bbox=[5, 6, None, 20]), "has no .x, y, width, height. in pixels"),
-    "all in 0..1": (every("annotations", "bbox", lambda b: [v / 100 for v in b]), "every bbox lies in 0..1"),
-    "x1, y1, x2, y2": (outside, r"lies outside its image; all look like \[x1, y1, x2, y2\]"),
+    "all in 0..1": (every("annotations", "bbox", lambda b: [v / 100 for v in b]), "its boxes lie in 0..1"),
+    "x1, y1, x2, y2": (outside, r"lies outside its image; 3 of 3 look like \[x1, y1, x2, y2\]"),
     "width null": (in_first("images", width=None), r"images\[0\] is Nonex40: positive"),
     "no width": (lambda t: t["images"][0].pop("width"), r"images\[0\] is Nonex40"),
     "width as text": (every("images", "width", str), None),
@@ -302,7 +313,7 @@ ODD = {
 }
 SKIPPABLE = (
     "NaN", "infinite", "null in a box", "width null", "no width", "width not whole", "file_name null", "file_name 7",
-    "no bbox", "negative width", "an image that is not there",
+    "no bbox", "negative width", "an image that is not there", "a box of a category that is not listed",
 )  # fmt: skip
 
 
@@ -323,6 +334,40 @@ def test_odd_coco_files(tmp_path, case):
         examples, notes = read(tmp_path / "my.json", skip_bad_images=True)
         assert found(examples) == {("b.jpg", "dog", (CORNERS["dog"],))}
         assert any("1 images skipped; first: " in note for note in notes)
+
+
+@pytest.mark.parametrize("form", ["corners", "0..1"])
+def test_one_odd_box_does_not_hide_what_the_others_are(tmp_path, form):
+    """It would have --skip_bad_images advised, and train on what is left, read wrongly."""
+    names = [f"{number}.jpg" for number in range(24)]
+    content = table(names)
+    content["annotations"] = [
+        {"id": i, "image_id": i, "category_id": 1, "bbox": corners(CAT) if form == "corners" else [0.1, 0.2, 0.3, 0.4]}
+        for i in range(1, 25)
+    ]
+    content["annotations"][3]["bbox"] = [20, 20, 20, 40]  # without width if read as corners
+    write(tmp_path / "my.json", content)
+    looks = r"23 of 24 look like \[x1, y1, x2, y2\]" if form == "corners" else "its boxes lie in 0..1"
+    with pytest.raises(DataError, match=looks):
+        read(tmp_path / "my.json")
+
+
+def test_a_few_boxes_outside_are_not_taken_for_corners(tmp_path):
+    """Boxes may fit as corners by chance: here all of one category, with one that leaves its image."""
+    content = table([f"{number}.jpg" for number in range(24)])
+    content["annotations"] = [{"id": i, "image_id": i, "category_id": 1, "bbox": [5, 6, 20, 20]} for i in range(1, 25)]
+    content["annotations"][3]["bbox"] = [50, 10, 55, 20]
+    write(tmp_path / "my.json", content)
+    with pytest.raises(DataError, match=r"annotations\[3\] of image 4 \(60x40\) lies outside the image"):
+        read(tmp_path / "my.json")
+
+
+def test_the_folder_of_a_split_goes_before_folders_of_all(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / "annotations" / f"instances_{split}.json", table(), tmp_path / split)
+        picture(tmp_path / "images" / "a.jpg")
+    for split in ("train", "val"):
+        assert {e.images[0].parent for e in read(tmp_path, split=split)[0]} == {tmp_path / split}
 
 
 def test_one_picture_of_each_folder_is_found(tmp_path):
@@ -511,6 +556,13 @@ ROWS = {
     "no question": ("rows", {"conversations": [{"from": "gpt", "value": "b"}]}, "found 0 questions and 1 answers"),
     "null": ("rows", {"problem": "How many?", "solution": None}, "no solution. A row has image"),
     "an open answer": ("rows", {"problem": "How many?", "solution": "<answer>3"}, "one <answer> block expected"),
+    "a blank answer": ("rows", {"problem": "How many?", "solution": "<answer> </answer>"}, "blank, as is the answer"),
+    "a box twice": (
+        "coco",
+        {"problem": "Dogs?", "solution": [[1, 2, 3, 4], [1, 2, 3, 4]], "coords": "pixels"},
+        "Dogs?", ((1.0, 2.0, 3.0, 4.0),),
+    ),
+    "an image as text": ("rows", {"image": "iVBOR" * 400, "problem": "a?", "solution": "b"}, "an image is the name of a f"),
     "two marks, one image": ("rows", {"problem": "<image><image>?", "solution": "3"}, "marks 2 images .* there are 1"),
     "a class as number": ("flowers", {"problem": "Which?", "solution": 3}, "expected a class name"),
 }  # fmt: skip
@@ -558,6 +610,18 @@ def test_labels(tmp_path, header, delimiter, name):
             read(tmp_path, "flowers", split="val", one_split=False)
 
 
+def test_labels_without_a_file_are_skipped_and_counted(tmp_path):
+    """As when the file of labels is named itself; the first column that is not empty has the image."""
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "labels.csv").write_text("image,file,class_name\n,a.jpg,rose\n,,lily\n")
+    for source in (tmp_path, tmp_path / "labels.csv"):
+        with pytest.raises(DataError, match="line 3: one of image, .*, found none"):
+            read(source, "flowers")
+        examples, notes = read(source, "flowers", skip_bad_images=True)
+        assert [(e.images[0].name, e.solution) for e in examples] == [("a.jpg", "rose")]
+        assert any("1 images skipped" in note for note in notes)
+
+
 def test_labels_with_quoted_names_and_splits(tmp_path):
     with (tmp_path / "labels.csv").open("w", newline="") as out:
         writer = csv.writer(out)
@@ -578,9 +642,10 @@ def test_class_folders_as_people_have_them(tmp_path):
         (tmp_path / split / "rose" / f"._{split}.jpg").write_bytes(b"\0\5")
         (tmp_path / split / "rose" / "IMG_1.HEIC").write_bytes(b"x")
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "valid" / "rose" / "more").mkdir()
     examples, notes = read(tmp_path, "flowers", split="val")
     assert [e.images[0].name for e in examples] == ["valid.jpg"]
-    assert any("left out: 1 .heic; pip install pillow-heif" in note for note in notes)
+    assert any("left out: 1 .heic, 1 folders; pip install pillow-heif" in note for note in notes)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -494,6 +494,8 @@ def test_the_form_of_the_answer_is_the_one_that_the_question_asks_for(single):
     assert ask(data.TASKS["rows"], example, (100, 100), "relative", system)[1] == ["<answer>cat</answer>"]
     known = dataclasses.replace(example, solution=["cat", "kitty"])
     assert ask(data.TASKS["rows"], known, (100, 100), "relative")[1] == ["cat", "kitty"]
+    nothing = Example("x", (), (100, 100), (), "cat", question="Cats?")
+    assert ask(data.TASKS["coco"], nothing, (100, 100), "relative")[1] == ["No Objects"]
     formal = dataclasses.replace(example, question="What animal? <answer>it</answer>")
     assert ask(data.TASKS["rows"], formal, (100, 100), "relative")[1] == ["<answer>cat</answer>"]
     thinking = dataclasses.replace(example, question="<think>...</think><answer>it</answer>")
@@ -1077,7 +1079,7 @@ def test_published_pairs_train_as_ours_do(built, llava_dir, tmp_path):
 
 def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path):
     """The same answer twice but for case and marks, or an empty one."""
-    same = [{"rejected": "a dog"}, {"rejected": "A dog."}, {"rejected": " "}, {"chosen": "!"}, {"rejected": ""}]
+    same = [{"rejected": "a dog"}, {"rejected": "A dog."}, {"rejected": " "}, {"chosen": ""}, {"rejected": ""}]
     examples, (note,) = read_pairs(write_pairs(tmp_path, *same, {"id": 0}), READER, 512)
     assert [e.id for e in examples] == ["0"] and "5 pairs left out, whose answers are the same or one is empty" in note
 

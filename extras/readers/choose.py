@@ -98,7 +98,7 @@ def choose_pairs(
         return [name for name in unseen if known(image_id, name, False)]
 
     pairs = [(image_id, name) for name, ids in take_shots(where, shown, choice, notes).items() for image_id in ids]
-    shows_something = {image_id for image_id, _ in seen}
+    shows_something = {image_id for image_id, name in seen if name in shown}
     # Few-shot training must not see other images.
     empty = [] if choice.shots else [image_id for image_id in images if image_id not in shows_something]
     return pairs + negative_pairs(pairs, empty, absent, choice, notes)
@@ -109,8 +109,8 @@ def negative_pairs(
 ) -> list[Pair]:
     """Draw pairs whose right answer is `No Objects`: a share of all pairs, at most one per image.
 
-    They come from the images of `pairs` and from `empty`, images without any box. absent(image id): the categories
-    that the image is known not to show.
+    They come from the images of `pairs` and from `empty`, images without a box of these categories. absent(image id):
+    the categories that the image is known not to show.
     """
     if not 0.0 <= choice.negatives < 1.0:
         raise DataError(f"--negatives {choice.negatives}: a share of all examples, at least 0 and below 1")

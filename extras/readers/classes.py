@@ -21,7 +21,7 @@ from data import (
     wanted_categories,
 )
 from extras.readers.choose import pick_split, take_shots, whole_file
-from extras.readers.rows import class_solution, column, file_lines, file_rows, have_splits, rows_of_split
+from extras.readers.rows import class_solution, column, file_lines, file_of, file_rows, have_splits, rows_of_split
 
 CLASS_LAYOUT = """Images with class names are read from the first of these that is there:
   DIR/labels.csv, .json or .jsonl     rows with file (within DIR), class_name and split (train, val or test);
@@ -90,11 +90,12 @@ def labels_file(root: Path, split: str, choice: Choice) -> list[Labeled]:
     rows = file_rows(files[0])
     if not have_splits(rows):
         whole_file(files[0], split, choice)
-    for where, row in rows:
-        if not isinstance(column(row, "images"), str):
-            raise DataError(f"{where}: file and class_name expected, and split if it has more than one; found {row}")
     chosen = rows_of_split(files[0], rows, split)
-    return [(where, root / column(row, "images"), column(row, "class")) for where, row in chosen]
+    labeled = [(where, file_of(row, root), column(row, "class")) for where, row in chosen]
+    if labeled and all(isinstance(image, DataError) for _, image, _ in labeled):
+        where, row = chosen[0]
+        raise DataError(f"{where}: file and class_name expected, and split if it has more than one; found {row}")
+    return labeled
 
 
 def pets_lists(root: Path, split: str) -> list[Labeled]:
@@ -122,9 +123,10 @@ def class_folders(root: Path, split: str, notes: list[str]) -> list[Labeled]:
     kinds = [kind for kind in sorted(folder.iterdir()) if kind.is_dir() and not kind.name.startswith(".")]
     files = [(kind, path) for kind in kinds for path in sorted(kind.iterdir()) if not path.name.startswith(".")]
     endings = Image.registered_extensions()
-    if others := Counter(path.suffix.lower() for _, path in files if path.suffix.lower() not in endings):
+    kind_of = [path.is_dir() and "folders" or path.suffix.lower() or "without an ending" for _, path in files]
+    if others := Counter(kind for kind in kind_of if kind not in endings):
         heif = "; pip install pillow-heif, and convert them" if others.keys() & {".heic", ".heif"} else ""
-        counts = ", ".join(f"{n} {ending or 'without an ending'}" for ending, n in others.items())
+        counts = ", ".join(f"{n} {kind}" for kind, n in others.items())
         notes.append(f"{folder}: files that are no images for Pillow are left out: {counts}{heif}")
     return [(f"class folder {kind}", path, kind.name) for kind, path in files if path.suffix.lower() in endings]
 

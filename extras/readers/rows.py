@@ -184,7 +184,7 @@ def images_of(row: Any, folder: Path) -> tuple[ImageSource, ...]:
     if len({"image", "image_path", "images"} & set(names)) > 1 or not images:
         found = f"several: {', '.join(names)}" if names else "none"
         raise DataError(f"one of image, image_path and images expected, found {found}. {ROW_LAYOUT}")
-    if not all(isinstance(image, str) or callable(image) for image in images):
+    if not all(isinstance(image, str) and len(image) < 1000 or callable(image) for image in images):
         raise DataError(f"an image is the name of a file, found {str(images)[:100]}. {ROW_LAYOUT}")
     return tuple(folder / image if isinstance(image, str) else image for image in images)
 
@@ -267,7 +267,7 @@ def detection_solution(value: Any) -> tuple[Box, ...]:
             f"solution {str(value)[:200]!r}: expected <answer>[{{'Position': [x1, y1, x2, y2], 'Confidence': 1}}, ...]"
             "</answer>, <answer>No Objects</answer>, or a list of [x1, y1, x2, y2]"
         )
-    return tuple(tuple(map(float, box)) for box in boxes)
+    return tuple(dict.fromkeys(tuple(map(float, box)) for box in boxes))  # a box that is there twice counts once
 
 
 def grounding_solution(value: Any) -> Box:
@@ -292,6 +292,8 @@ def any_solution(value: Any) -> Any:
     wrapped = isinstance(value, str) and "<answer>" in value
     if (solution := parse_answer(value) if wrapped else value) is None or solution != solution:  # NaN
         raise DataError(f"solution {str(value)[:200]!r}: one <answer> block expected, or a value")
+    if isinstance(solution, str) and not solution.strip():
+        raise DataError(f"solution {str(value)[:200]!r}: blank, as is the answer of a model that writes nothing")
     return solution
 
 
