@@ -46,6 +46,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 import typing
@@ -380,7 +381,8 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     the batch: its completions count in the loss's mean and have a KL term, and no process makes fewer passes.
     Dividing by std gives very easy and very hard prompts more weight; scale=False turns it off (arXiv 2503.20783).
     """
-    centered = rewards - rewards.mean(1, keepdim=True)
+    shifted = rewards - rewards[:, :1]  # exactly 0 where all are equal: the mean of equal numbers may be rounded
+    centered = shifted - shifted.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
 
 
@@ -465,7 +467,7 @@ def two_stage_backward(
     G, prompts = len(ids) // len(inputs["input_ids"]), encode(model, inputs)
     outputs, leaves = [], []
     if isinstance(prompts, Prefix):
-        layers = prompts.cache.layers
+        layers = [layer for layer in prompts.cache.layers if layer.keys is not None]  # Gemma 4's last ones share keys
         outputs = [prompts.logits, *(x for layer in layers for x in (layer.keys, layer.values))]
         # Frozen layers before the first trained one have no graph: their leaves need no gradient either.
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
@@ -769,7 +771,7 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
     cfg, out, report, ro, stop = run.cfg, Path(run.cfg.out), extra("report"), None, 0
 
     def evaluate(step: int) -> None:
-        extra("evaluate").evaluate(run, answer, held_out, out / f"eval_{step:06d}")
+        extra("evaluate").evaluate(run, answer, held_out, out / f"eval_{step:06d}", stopping)
 
     with guarded(run) as stopping:
         if held_out and run.done and due(run.done, cfg.eval_every):  # the evaluation that an interruption cut off
@@ -781,13 +783,16 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
             write(run, step, metrics, ro.rows(step))
             stop = stopping()
             saves = stop or due(step, cfg.save_every)
+            evaluates = held_out and not stop and due(step, cfg.eval_every)
             if saves:  # before the evaluation, which may take longer than a scheduler waits
                 extra("checkpoints").save(run)
-            if stop:
-                break
-            evaluates = bool(held_out) and due(step, cfg.eval_every)
             if evaluates:
                 evaluate(step)
+                stop = stopping()
+                if stop and not saves:
+                    extra("checkpoints").save(run)
+            if stop:
+                break
             if report and run.main and step < cfg.steps and (evaluates or saves or due(step, REPORT_EVERY)):
                 report.follow(run, ro, step)
         else:
@@ -934,13 +939,19 @@ class Run:
         last, self.clock = self.clock, time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock - last
 
+    def loader(self, prompts: Prompts, batches: Sequence[list[tuple[int, int]]]) -> DataLoader:
+        """Return a loader of these batches. Its workers outlive SIGTERM, which schedulers send to every process."""
+        return DataLoader(
+            prompts, batch_sampler=batches, collate_fn=list, num_workers=self.cfg.workers, worker_init_fn=ignore_sigterm
+        )  # fmt: skip
+
     def steps(self) -> Iterator[tuple[int, list[Prompt]]]:
         """Yield (step, this process's prompts) for the remaining steps; set the learning rate and show progress."""
         cfg, seen, todo = self.cfg, set(), range(self.done + 1, self.cfg.steps + 1)
         slots = range(self.accelerator.process_index, cfg.prompts_per_step, self.accelerator.num_processes)
         examples = len(self.prompts.examples)
         drawn = [data.draw_examples(cfg.seed, examples, cfg.prompts_per_step, step, 0, slots) for step in todo]
-        loader = DataLoader(self.prompts, batch_sampler=drawn, collate_fn=list, num_workers=cfg.workers)
+        loader = self.loader(self.prompts, drawn)
         self.bar = tqdm(loader, initial=self.done, total=cfg.steps, disable=not self.main, dynamic_ncols=True)
         for prompts, step in zip(self.bar, todo):  # the bar first: else zip stops at todo, and the bar never ends
             for flaw in {flaw for prompt in data.sound(prompts) for flaw in prompt.skipped} - seen:
@@ -1189,6 +1200,10 @@ def open_out(run: Run, per_prompt: int, what: str, notes: Sequence[str] = ()) ->
     run.accelerator.wait_for_everyone()
 
 
+def ignore_sigterm(worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def finish(run: Run) -> None:
     """Wait for all processes, then close trackers and connections.
 
@@ -1260,6 +1275,11 @@ def save_model(run: Run) -> None:
             replace_folder(out / "adapters", lambda new: run.adapters.save_pretrained(new, state_dict=learned))
             base = load_model(run.cfg.model, torch.float32, torch.device("cpu"))
             dtype, model = torch.float32, extra("adapters").merged(base, run.adapters, learned)
+    elif run.main:
+        rounded = [n for n, p in model.named_parameters() if not p.requires_grad and p.dtype == torch.bfloat16 != dtype]
+        if rounded:  # by `cast_frozen`
+            exact = load_model(run.cfg.model, dtype, torch.device("cpu")).state_dict()
+            weights = (weights or model.state_dict()) | {name: exact[name] for name in rounded}
 
     def write_model(new: Path) -> None:
         cast = {id(w): w.to(dtype) for w in (weights or {}).values()}  # by id: tied weights stay one tensor
@@ -1352,9 +1372,10 @@ def obey(cfg: Any, rules: Sequence[tuple[str, Any, str]]) -> None:
 
 
 def begun(out: Path) -> bool:
-    """Return whether a folder holds a run with a step or an answer, not just the files written at its start."""
+    """Return whether a folder holds a run with a step or an answer, not just what is written at its start."""
     names = set(os.listdir(out)) if out.is_dir() else set()
-    return "config.json" in names and not names <= {"config.json", "setup.txt", "used.json"}
+    started = {"config.json", "setup.txt", "used.json", "virft"}  # the last one is a tracker's folder
+    return "config.json" in names and any(not name.endswith(".png") for name in names - started)  # of --check, --ask
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:

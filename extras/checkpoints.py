@@ -105,7 +105,8 @@ def save(run: Any) -> None:
     new = folder.with_suffix(".unfinished")
     try:
         if run.main:
-            shutil.rmtree(new, ignore_errors=True)
+            for left in folder.parent.glob("*.unfinished"):  # by a kill inside an earlier save
+                shutil.rmtree(left, ignore_errors=True)
             new.mkdir(parents=True)
         weights = None
         if run.adapters:
@@ -211,16 +212,20 @@ def drop_rows_after(file: Path, step: int) -> None:
 class StopAtSignal:
     """Record Ctrl-C and SIGTERM, so that the current step can finish; ignore further signals.
 
-    requested: the number of the first signal, 0 before.
+    requested: the number of the first signal of this process, 0 before. Called, which all processes must do, this
+    returns the number that any of them has.
 
     Not every launcher forwards signals. torchrun does, and kills after 30 s (set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to
     change this). `accelerate launch` with one process does not: send SIGTERM to the process of virft.py itself.
     """
 
-    def __init__(self):
-        self.requested = 0
+    def __init__(self, run: Any):
+        self.run, self.requested = run, 0
         self.process = os.getpid()  # DataLoader workers inherit the handler and must not print the message
         self.before = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __call__(self) -> int:
+        return int(self.run.accelerator.gather(torch.tensor([self.requested], device=self.run.device)).max())
 
     def restore(self) -> None:
         """Restore the previous signal handlers."""
@@ -234,21 +239,17 @@ class StopAtSignal:
 
 
 @contextlib.contextmanager
-def interruptible(run: Any, save_model: Callable[[Any], None]) -> Iterator[Callable[[], int]]:
+def interruptible(run: Any, save_model: Callable[[Any], None]) -> Iterator[StopAtSignal]:
     """Let a signal end the loop after the current step, and save after an error.
 
-    Yields `stopping()`, which returns the signal that any process received, or 0; all get the same value. After
+    Yields a StopAtSignal. After
     an error of the main process this saves a checkpoint if no optimizer step was cut short (run.whole), otherwise
     only the model. With --shard it saves nothing: gathering shards needs all processes, and those that did not fail
     do not take part. If another process fails, the launcher ends the main one: only what --save_every saved remains.
     """
-    signals = StopAtSignal()
-
-    def stopping() -> int:
-        return int(run.accelerator.gather(torch.tensor([signals.requested], device=run.device)).max())
-
+    signals = StopAtSignal(run)
     try:
-        yield stopping
+        yield signals
     except Exception:
         if run.main and not run.cfg.shard and (run.done or not run.whole):
             if run.whole:

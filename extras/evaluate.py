@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import DataError, Example, Prompt, Task, append_rows, sound
@@ -358,11 +357,13 @@ def write_evaluation(
 
 
 def evaluate(
-    run: Any, answer: Callable[[Any, list[Prompt]], list[str]], examples: Sequence[Example], out: Path
-) -> dict[str, float]:
+    run: Any, answer: Callable[[Any, list[Prompt]], list[str]], examples: Sequence[Example], out: Path,
+    stopping: Any = None,
+) -> dict[str, float]:  # fmt: skip
     """Answer all examples, divided among the processes; write scores, predictions and report.html to `out`.
 
-    With --eval_only, keep the answers that an interrupted evaluation left in `out`.
+    With --eval_only, keep the answers that an interrupted evaluation left in `out`. stopping: the StopAtSignal of
+    training, which cuts the evaluation off: there are no scores then, and --resume evaluates again.
     """
     cfg, accelerator, task, say = run.cfg, run.accelerator, run.prompts.task, run.accelerator.print
     kept = []
@@ -379,10 +380,12 @@ def evaluate(
     left = sorted(set(range(len(examples))) - {record["row"] for record in kept})
     mine, size = left[accelerator.process_index :: accelerator.num_processes], cfg.prompts_per_step
     batches = [[(i, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
-    loader = DataLoader(run.prompts.of(examples), batch_sampler=batches, collate_fn=list, num_workers=cfg.workers)
+    loader = run.loader(run.prompts.of(examples), batches)
     records, bar = [], tqdm(loader, desc="evaluate", disable=not run.main, dynamic_ncols=True)
     with run.gathered():  # here, because processes may have unequal numbers of batches
         for prompts in bar:
+            if stopping and stopping.requested:  # of this process; the others go on to the line after the loop
+                break
             if cfg.skip_bad_images:
                 prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
             batch = []
@@ -391,6 +394,8 @@ def evaluate(
                 batch.append({"row": prompt.slot} | record(task, prompt.example, prompt.target, text, parts))
             append_own(out, "predictions", accelerator.process_index, batch)
             records += batch
+    if stopping and stopping():
+        return say("the evaluation is cut off; --resume true makes it again")
     records = sorted([*kept, *gather_object(records)], key=lambda record: record["row"])
     overall, each = scores(records, task)
     protocol = protocol_of(task, cfg.eval_categories)

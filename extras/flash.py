@@ -23,10 +23,12 @@ def usable(device: torch.device) -> bool:
 def use(model: nn.Module, device: torch.device) -> None:
     """Switch a model to FlashAttention where GPU and family can.
 
-    Families whose forward takes token_type_ids (Gemma 3, PaliGemma) let the tokens of an image see each other in both
-    directions. flash-attn's masks cannot say so, and transformers would leave that out without a word.
+    Families whose forward takes token_type_ids (Gemma 3, PaliGemma), and Gemma 4 by a setting, let the tokens of an
+    image see each other in both directions. flash-attn's masks cannot say so, and transformers would leave that out
+    without a word.
     """
     both_ways = "token_type_ids" in inspect.signature(model.forward).parameters
+    both_ways = both_ways or getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
     if usable(device) and getattr(model, "_supports_flash_attn", False) and not both_ways:
         model.set_attn_implementation(NAME)
 

@@ -97,7 +97,9 @@ def needed(
             freeze_vision(model)
     text, head = config.get_text_config(), model.get_output_embeddings().weight
     h, layers, V = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    kv = text.num_key_value_heads * (getattr(text, "head_dim", None) or h // text.num_attention_heads)
+    views = getattr(text, "per_layer_config", None)  # Gemma 4's layers have heads of two sizes
+    each = [text] * layers if views is None else [views[layer] for layer in range(layers)]
+    kv = sum(one.num_key_value_heads * (getattr(one, "head_dim", None) or h // one.num_attention_heads) for one in each)
     trained = {p for p in model.parameters() if p.requires_grad}
     T = sum(p.numel() for p in trained) + adapters
     reference = sum(p.numel() * size for p, size in stored.items()) if trains and cfg.beta and not rank else 0
@@ -105,7 +107,7 @@ def needed(
     casts = 2 * (sum(p.numel() for p in trained if stored[p] == 2 or p is head) + adapters)
     # A frozen output layer that is also the embedding is float32, and autocast casts it at every use.
     head_cast = 2 * head.numel() if stored[head] == 4 and head not in trained else 0
-    C, cache = getattr(cfg, "max_completion_tokens", 512), 4 * kv * layers
+    C, cache = getattr(cfg, "max_completion_tokens", 512), 4 * kv
     if hasattr(cfg, "answers"):  # mia_dpo.py build
         G, prompts = max(1, cfg.answers), cfg.batch
     else:

@@ -140,6 +140,8 @@ def test_group_advantages():
         and (virft.group_advantages(rewards)[1] == 0).all()
     )
     assert torch.equal(virft.group_advantages(rewards, scale=False)[0], torch.tensor([-1.0, 0.0, 0.0, 1.0]))
+    for reward in (1 / 3, 77.7, 1000.1):  # the mean of such equal numbers is another number
+        assert all((virft.group_advantages(torch.full((1, G), reward)) == 0).all() for G in range(2, 17))
     with pytest.raises(SystemExit, match="--group_size 1: must be at least 2"):
         virft.parse_config(["--group_size", "1"])
 

@@ -562,7 +562,7 @@ ROWS = {
         {"problem": "Dogs?", "solution": [[1, 2, 3, 4], [1, 2, 3, 4]], "coords": "pixels"},
         "Dogs?", ((1.0, 2.0, 3.0, 4.0),),
     ),
-    "an image as text": ("rows", {"image": "iVBOR" * 400, "problem": "a?", "solution": "b"}, "an image is the name of a f"),
+    "base64": ("rows", {"image": "iVBOR" * 400, "problem": "a?", "solution": "b"}, "an image is the name of a file"),
     "two marks, one image": ("rows", {"problem": "<image><image>?", "solution": "3"}, "marks 2 images .* there are 1"),
     "a class as number": ("flowers", {"problem": "Which?", "solution": 3}, "expected a class name"),
 }  # fmt: skip

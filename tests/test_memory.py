@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import families
 import mia_dpo
+import test_processors
 import virft
 from bench import memory as bench
 from conftest import ROOT, first_prompts
@@ -291,6 +292,40 @@ def test_flash_attention_is_left_to_families_whose_masks_it_can_express(monkeypa
         model = families.model(name)
         flash.use(model, torch.device("cpu"))
         assert model.config._attn_implementation == "sdpa"
+    config, chosen = test_processors.gemma4(), []
+    for both_ways in ("vision", None):
+        config.text_config.use_bidirectional_attention = both_ways
+        model = AutoModelForImageTextToText.from_config(config)
+        monkeypatch.setattr(model, "set_attn_implementation", chosen.append)
+        flash.use(model, torch.device("cpu"))
+        assert chosen == ([] if both_ways else [flash.NAME])
+
+
+def test_layers_with_heads_of_two_sizes_have_a_forecast():
+    """Gemma 4: two layers with heads of 16 numbers, two with heads of 32."""
+    sizes = [
+        memory.needed(
+            replace(virft.Config(), max_completion_tokens=C), test_processors.gemma4(), virft.cast_frozen, 30, 9
+        )
+        for C in (500, 600)
+    ]
+    rows = virft.Config().group_size * virft.Config().prompts_per_step
+    kv = families.TEXT["num_key_value_heads"] * (2 * 16 + 2 * 32)
+    assert sizes[1]["sample"] - sizes[0]["sample"] == 1.5 * rows * 100 * 4 * kv
+
+
+def test_frozen_weights_of_a_float32_model_are_saved_as_they_came(shapes_dir, tmp_path, monkeypatch):
+    """On a GPU they are stored in bf16 while the rest is trained."""
+    monkeypatch.setattr(virft, "AUTOCAST", "cpu")
+    flags = {
+        "task": "coco", "data": shapes_dir, "model": ROOT / "demo" / "model", "out": tmp_path / "run", "steps": 1,
+        "workers": 0, "prompts_per_step": 2, "sft": "true", "lr": 1e-3, "freeze_vision": "true",
+    }  # fmt: skip
+    virft.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    before, after = (load_file(f / "model.safetensors") for f in (ROOT / "demo" / "model", tmp_path / "run" / "model"))
+    tower = [name for name in before if "vision" in name]
+    assert len(tower) > 10 and all(torch.equal(before[name], after[name]) for name in tower)
+    assert any((before[name] != after[name]).any() for name in before.keys() - tower)
 
 
 def test_a_gpu_that_can_uses_flash_attention_and_samples_with_sdpa(make_run, monkeypatch):

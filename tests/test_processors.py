@@ -96,9 +96,9 @@ def aria():
 
 def gemma4():
     text = families.TEXT | {
-        "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "sliding_window": 64,
-        "vocab_size_per_layer_input": VOCABULARY, "layer_types": ["sliding_attention", "full_attention"],
-        "num_kv_shared_layers": 0,
+        "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 8, "sliding_window": 64,
+        "vocab_size_per_layer_input": VOCABULARY, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2,
     }  # fmt: skip
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
               "num_key_value_heads": 2, "head_dim": 16, "patch_size": 16}  # fmt: skip

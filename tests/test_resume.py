@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 import virft
 from conftest import ROOT
-from extras import checkpoints
+from extras import checkpoints, evaluate
 
 FLAGS = {
     "task": "coco", "max_completion_tokens": 32, "group_size": 4, "prompts_per_step": 4, "micro_batch": 8, "workers": 0,
@@ -50,7 +50,8 @@ def stopped(uninterrupted, tmp_path) -> Path:
     shutil.rmtree(out / "model")
     for step in (3, 4):
         shutil.rmtree(out / "checkpoints" / f"step_{step:06d}")
-    (out / "checkpoints" / "step_000003.unfinished").mkdir()
+    for step in (1, 3):  # 1: of an earlier kill
+        (out / "checkpoints" / f"step_{step:06d}.unfinished").mkdir()
     with (out / "rollouts.jsonl").open("a") as log:
         log.write('{"step": 4, "id": "tra')
     return out
@@ -178,6 +179,28 @@ def test_an_evaluation_that_was_cut_off_is_made_on_resume(shapes_dir, tmp_path):
     made = scores.stat().st_mtime_ns
     resume(shapes_dir, tmp_path / "run", **flags)
     assert scores.stat().st_mtime_ns == made, "what is finished is not made again"
+
+
+def test_a_signal_cuts_an_evaluation_off(shapes_dir, tmp_path, monkeypatch):
+    """After the batch at hand, with a checkpoint; resumed, it is the run without the signal."""
+    flags = {"steps": 3, "save_every": 0, "eval_every": 2, "eval_limit": 10}
+    virft.main(argv(data=shapes_dir, out=tmp_path / "whole", **flags))
+
+    def signaled(*args):
+        written.append(args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    written = []
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(evaluate, "append_own", signaled)
+        virft.main(argv(data=shapes_dir, out=tmp_path / "run", **flags))
+    assert stop.value.code == 128 + signal.SIGTERM and len(written) == 1
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    assert not (tmp_path / "run" / "eval_000002" / "scores.json").exists()
+    resume(shapes_dir, tmp_path / "run", **flags)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    scores = [(tmp_path / name / "eval_000002" / "scores.json").read_text() for name in ("run", "whole")]
+    assert scores[0] == scores[1] and json.loads(scores[0])["answers"] == 10
 
 
 def test_a_reward_that_was_changed_is_named_and_accepted(shapes_dir, tmp_path, capsys):

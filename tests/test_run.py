@@ -305,8 +305,9 @@ def test_what_stands_in_out_is_never_overwritten(llava_dir, shapes_dir, tmp_path
             virft.main(small_run(shapes_dir, llava_dir, out))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     (tmp_path / "run").mkdir()
-    for name in ("config.json", "setup.txt"):
+    for name in ("config.json", "setup.txt", "check.png"):
         (tmp_path / "run" / name).write_text("{}")
+    (tmp_path / "run" / "virft").mkdir()  # tensorboard's
     virft.main(small_run(shapes_dir, llava_dir, tmp_path / "run"))
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     with pytest.raises(SystemExit, match="--out .*: must be new"):
@@ -357,10 +358,11 @@ def test_the_run_folder_may_not_be_the_model_it_starts_from(llava_dir, shapes_di
     assert done.returncode and "must be new" in done.stderr and (model / "config.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_a_checkpoint(llava_dir, shapes_dir, tmp_path, number):
+@pytest.mark.parametrize("number, workers", [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 2)])
+def test_an_interruption_leaves_a_checkpoint(llava_dir, shapes_dir, tmp_path, number, workers):
+    """With workers, as schedulers send it: to every process."""
     out = tmp_path / "run"
-    flags = command(**SMALL | {"steps": 10_000}, data=shapes_dir, model=llava_dir, out=out, beta=0)
+    flags = command(**SMALL | {"steps": 10_000, "workers": workers}, data=shapes_dir, model=llava_dir, out=out, beta=0)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "virft.py", *flags],
@@ -369,11 +371,15 @@ def test_an_interruption_leaves_a_checkpoint(llava_dir, shapes_dir, tmp_path, nu
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     deadline = time.time() + 120
     while not (out / "metrics.jsonl").exists() and time.time() < deadline:
         time.sleep(0.2)
-    process.send_signal(number)
+    if workers:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "finishing this step" in errors
     done = int(re.search(r"(\d+) of 10000 steps done; --resume true continues", printed).group(1))
