@@ -399,7 +399,7 @@ def read_coco(data: str, split: str, choice: Choice = Choice()) -> Found:
     if not (file := annotation_file(root, f"instances_{split}*.json")) and (others := extra("readers.exports")):
         file = others.coco_export(root, split, choice)
     if not file:
-        raise DataError(f"{root}: no file instances_{split}*.json, or no folder. {COCO_LAYOUT}")
+        raise DataError(f"{root}: no file instances_{split}*.json, or no folder (else: extras/). {COCO_LAYOUT}")
     table = read_table(file, DETECTION_FIELDS)
     return detection_examples((file, table, image_paths(file, table["images"])), split, choice)
 
@@ -439,8 +439,8 @@ def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
         if any(found := [next((p for p in row if p.name in listed(p.parent)), None) for row in places]):
             break
     if any(names) and not any(found):
-        sought = f"{next(filter(None, names))} in {around[0]} and {around[1]}"
-        raise DataError(f"{file}: none of its images is there. Sought: {sought}, also in images, data, JPEGImages")
+        sought = f"{next(filter(None, names))} in {around[0]} and {around[1]}, also in images, data, JPEGImages there"
+        raise DataError(f"{file}: none of its images is there. Sought: {sought}. A link to their folder will do")
     for row, path in enumerate(found):
         if path and users.setdefault(path, row) != row:
             raise DataError(f"{file}: images[{users[path]}] and images[{row}] are the same file {path}")

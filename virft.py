@@ -381,8 +381,8 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     the batch: its completions count in the loss's mean and have a KL term, and no process makes fewer passes.
     Dividing by std gives very easy and very hard prompts more weight; scale=False turns it off (arXiv 2503.20783).
     """
-    shifted = rewards - rewards[:, :1]  # exactly 0 where all are equal: the mean of equal numbers may be rounded
-    centered = shifted - shifted.mean(1, keepdim=True)
+    rewards = rewards - rewards[:, :1]  # exactly 0 where all are equal: the mean of equal numbers may be rounded
+    centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
 
 
@@ -803,7 +803,9 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
         finish(run)
         raise SystemExit(128 + stop)
     if run.main and run.done:  # counted in the file, which also has the steps before a resume
-        logged = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        logged = list(map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
+        if all(row.get("zero_variance_groups") == 1 for row in logged):
+            say("no step taught anything: all answers to a question had equal rewards (metric zero_variance_groups)")
         skipped = sum(row["skipped_updates"] for row in logged)
         if 2 * skipped > run.done:
             rest = "their gradients were not finite (metric skipped_updates)"
@@ -979,6 +981,8 @@ def loading(what: str, name: str):
 def pretrained(auto: Any, model: str, **settings) -> Any:
     """Call from_pretrained of one of transformers' Auto classes; model: a folder, or NAME[@REVISION] on the hub."""
     name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
+    if (Path(model) / "adapter_config.json").exists() and not (Path(model) / "config.json").exists():
+        raise SystemExit(f"--model {model}: adapters, not a model; the run that made them wrote model/ beside them")
     with loading("model", model):
         return auto.from_pretrained(name, revision=revision or None, trust_remote_code=False, **settings)
 
@@ -1253,9 +1257,11 @@ def guarded(run: Run) -> Iterator[Callable[[], int]]:
         return
     try:
         yield lambda: 0
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as stop:
         if run.main and (run.done or not run.whole):  # at least one update was applied
             save_model(run)
+        if isinstance(stop, KeyboardInterrupt):
+            raise SystemExit(128 + signal.SIGINT) from None
         raise
 
 
@@ -1381,7 +1387,8 @@ def begun(out: Path) -> bool:
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:
     """Return the rule that --out is new."""
     taken = Path(cfg.out).is_file() or begun(Path(cfg.out))
-    return "out", may_exist or not taken, "new: it holds an earlier run (--resume true continues it) or a model"
+    hint = " (--resume true continues it)" if extra("checkpoints") else ""
+    return "out", may_exist or not taken, f"new: it holds an earlier run{hint} or a model"
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:

@@ -47,7 +47,11 @@ def description(run: Any, per_prompt: int, what: str) -> tuple[list[str], list[s
     """Return the lines that describe a run, and the lines of its first prompt."""
     cfg, default, (first,) = run.cfg, type(run.cfg)(), data.sound([run.prompts[0, 0]])
     settings = asdict(cfg)
-    changed = [f"--{name} {value}" for name, value in settings.items() if value != getattr(default, name)]
+    changed = [
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in settings.items()
+        if value != getattr(default, name)
+    ]
     lines = [f"settings other than the defaults: {' '.join(changed)}"]
     if len(phases := getattr(cfg, "iou_threshold", ())) > 1:
         starts = [1 + math.ceil(i * cfg.steps / len(phases)) for i in range(len(phases))]
@@ -191,7 +195,8 @@ def doubts(facts: dict[str, float], in_force: str) -> list[str]:
         advice = "compare those above with the form that the prompt asks for; a model that never writes it cannot learn"
         found.append(f"most answers do not parse: {advice}")
     if facts["truncated"] > 0.2:
-        remedy = "raise --max_completion_tokens, or leave out crowded images by --max_boxes"
+        crowded = ", or leave out crowded images by --max_boxes" if "iou as relative" in facts else ""
+        remedy = f"raise --max_completion_tokens{crowded}"
         found.append(f"many answers are cut off: {remedy}")
     if parses and (here := facts.get(f"iou as {in_force}")) is not None:
         other = {"relative": "pixels", "pixels": "relative"}[in_force]
@@ -201,7 +206,7 @@ def doubts(facts: dict[str, float], in_force: str) -> list[str]:
             found.append("the boxes fit in neither convention: look at the picture; an IoU reward will stay near 0")
     if facts["no_objects"] > facts["true_no_objects"] + 0.3:
         found.append("No Objects is said far more often than it is true: training can collapse into it")
-    if facts["zero_variance_groups"] > 0.7:
+    if parses and facts["zero_variance_groups"] > 0.7:
         remedy = "raise --group_size, or take harder or easier data"
         found.append(f"most groups have equal rewards and teach nothing: {remedy}")
     if facts.get("empty_think", 0) > 0.9:
@@ -297,7 +302,7 @@ def ask(run: Any, answer: Callable[[Any, list[Prompt]], list[str]]) -> None:
     for example in run.prompts.examples:
         prompt = run.prompts.encode(example)
         (text,) = answer(run, [prompt])
-        asked = re.sub(r"\W+", "_", example.category)[:40]
-        path = Path(run.cfg.out) / f"{Path(run.cfg.ask).stem}_{asked}.png"
+        asked = re.sub(r"\W+", "_", example.category)[:40].strip("_")
+        path = Path(run.cfg.out) / f"{'_'.join(filter(None, (Path(run.cfg.ask).stem, asked)))}.png"
         draw_answer(run.prompts.task, prompt, text, path)
-        run.accelerator.print(f"{example.category}: {text}\n  drawn in {path}")
+        run.accelerator.print(f"{example.category}: {text}".removeprefix(": ") + f"\n  drawn in {path}")

@@ -187,7 +187,8 @@ def find(cfg: Any, examples: Iterable) -> Checkpoint:
     settings, before = asdict(cfg), asdict(type(cfg)()) | complete[-1].settings
     if changed := [name for name in settings if name not in MAY_CHANGE and settings[name] != before[name]]:
         right = " ".join(f"--{name} {before[name]}" for name in changed)
-        raise SystemExit(f"--resume true: {newest} was made with {right}, and a run keeps its settings")
+        anew = f"; to train its model on: --model {out / 'model'} --out ANOTHER" if (out / "model").exists() else ""
+        raise SystemExit(f"--resume true: {newest} was made with {right}, and a run keeps its settings{anew}")
     if complete[-1].data != (found := data_fingerprint(examples)):
         raise SystemExit(f"--resume true: the data has changed: {complete[-1].data} before, {found} now")
     used, before = used_files(cfg.model, getattr(cfg, "rewards", ())), complete[-1].used

@@ -290,8 +290,8 @@ def test_a_model_that_was_being_replaced_is_not_lost(llava_dir, tmp_path):
     """Killed between its two renames, save_model had moved the earlier model aside; then the next save fails."""
     shutil.copytree(llava_dir, tmp_path / "model.old")
     settings = SimpleNamespace(out=tmp_path, model=str(llava_dir), shard=False)
-    run = SimpleNamespace(cfg=settings, main=True, adapters=None, model=None)
-    with pytest.raises(AttributeError):
+    run = SimpleNamespace(cfg=settings, main=True, adapters=None, model=torch.nn.Linear(1, 1))
+    with pytest.raises(AttributeError, match="save_pretrained"):
         virft.save_model(run)
     AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
 
@@ -548,3 +548,18 @@ def test_a_flag_that_does_not_exist_is_named_with_the_one_that_was_meant():
         virft.parse_config(["--task", "coco", "--group_sise", "4"])
     with pytest.raises(SystemExit, match="--zzz: there is no such flag; --help"):
         mia_dpo.parse_train(["--zzz"])
+
+
+def test_adapters_given_as_a_model_are_named(shapes_dir, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="--model .*: adapters, not a model; .* model/ beside them"):
+        virft.main(
+            ["--task", "coco", "--data", str(shapes_dir), "--model", str(tmp_path), "--out", str(tmp_path / "run")]
+        )
+
+
+def test_a_run_that_taught_nothing_says_so_at_its_end(llava_dir, shapes_dir, tmp_path, capsys):
+    (tmp_path / "flat.py").write_text("def flat(completion, solution):\n    return 0.3\n")
+    flags = SMALL | {"steps": 2, "rewards": f"{tmp_path / 'flat.py'}:flat=1"}
+    virft.main(command(**flags, data=shapes_dir, model=llava_dir, out=tmp_path / "run", beta=0))
+    assert "no step taught anything" in capsys.readouterr().out
