@@ -174,7 +174,7 @@ def seen_size(images: Any, size: Size) -> Size:
 def opened(source: ImageSource) -> Iterator[Image.Image]:
     """Open an image without decoding it. Raises DataError, naming it, if it is missing, cut off or not an image."""
     try:
-        # Open the file here: Pillow maps one that it opens itself into memory, turned TIFFs with the wrong sides.
+        # Not by its path: Pillow would map the file into memory, and swap the sides of turned TIFFs.
         with source.open("rb") if isinstance(source, Path) else source() as file, Image.open(file) as image:
             yield image
     except Exception as error:  # PIL's plugins raise what they like
@@ -399,7 +399,7 @@ def read_coco(data: str, split: str, choice: Choice = Choice()) -> Found:
     if not (file := annotation_file(root, f"instances_{split}*.json")) and (others := extra("readers.exports")):
         file = others.coco_export(root, split, choice)
     if not file:
-        raise DataError(f"{root}: no file instances_{split}*.json, or no folder (else: extras/). {COCO_LAYOUT}")
+        raise DataError(f"{root}: no file instances_{split}*.json, or no folder (exports need extras/). {COCO_LAYOUT}")
     table = read_table(file, DETECTION_FIELDS)
     return detection_examples((file, table, image_paths(file, table["images"])), split, choice)
 
@@ -440,7 +440,7 @@ def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
             break
     if any(names) and not any(found):
         sought = f"{next(filter(None, names))} in {around[0]} and {around[1]}, also in images, data, JPEGImages there"
-        raise DataError(f"{file}: none of its images is there. Sought: {sought}. A link to their folder will do")
+        raise DataError(f"{file}: none of its images is there. Sought: {sought}. Else link their folder as images")
     for row, path in enumerate(found):
         if path and users.setdefault(path, row) != row:
             raise DataError(f"{file}: images[{users[path]}] and images[{row}] are the same file {path}")
@@ -506,7 +506,7 @@ def annotated_images(file: Path, rows: list, paths: Sequence[ImageSource | None]
 
 def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: dict) -> tuple[dict, dict]:
     """Return {(image id, category): boxes} of targets and of crowd regions; adds what is wrong to `flaws`."""
-    boxes, crowds, broken = defaultdict(list), defaultdict(list), set(flaws)
+    boxes, crowds, broken = defaultdict(dict), defaultdict(dict), set(flaws)  # dict: duplicates count once
     for row, record in enumerate(rows):
         image_id, category_id, bbox = record["image_id"], record["category_id"], record.get("bbox")
         where = f"{file}: annotations[{row}]"
@@ -524,7 +524,7 @@ def annotated_boxes(file: Path, rows: list, images: dict, name_of: dict, flaws: 
             why = error if isinstance(error, DataError) else "has no [x, y, width, height] in pixels"
             flaws.setdefault(image_id, f"{where} of image {image_id} ({width}x{height}) {why}: bbox {bbox}")
             continue
-        (crowds if record.get("iscrowd") else boxes)[image_id, name_of[category_id]].append(box)
+        (crowds if record.get("iscrowd") else boxes)[image_id, name_of[category_id]][box] = None
     return boxes, crowds
 
 

@@ -42,7 +42,7 @@ _CORNERS = re.compile(rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)\s*,\s*\(\s*{_NUMBER
 _FENCE = re.compile(r"```[a-z]*\s(.*)```", re.DOTALL)
 _THINK_ANSWER = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_PLAIN = str.maketrans("\N{MINUS SIGN}\N{HYPHEN}\N{EN DASH}\N{RIGHT SINGLE QUOTATION MARK}", "---'")
+_PLAIN = str.maketrans("\N{MINUS SIGN}\N{HYPHEN}\N{EN DASH}\N{RIGHT SINGLE QUOTATION MARK}", "---'")  # typographic ones
 
 
 def _blocks(completion: str) -> tuple[int, int]:
@@ -248,11 +248,11 @@ def accuracy_reward(completion: str, solution: str | float | Sequence[str]) -> f
 def non_repeat_reward(completion: str, solution: object = None) -> float:
     """Return 0 if a sentence before <answer> is repeated, 1 otherwise (after VisionReasoner, arXiv 2505.12081).
 
-    Sentences of two words or more are compared by `normalize_name`. It invites empty thoughts, which earn 1.
+    Sentences of two words or four Chinese letters count, compared by `normalize_name`. Empty thoughts earn 1: invited.
     """
     thought = re.sub("</?think>", " ", completion.partition("<answer>")[0])
     parts = map(normalize_name, re.split(r"[.!?;](?!\d)|[。！？；\n]", thought))
-    sentences = [words for words in parts if " " in words or len(words) > 3 and not words.isascii()]
+    sentences = [words for words in parts if " " in words or len(words) > 3 and max(words) > "\u3040"]
     return float(len(set(sentences)) == len(sentences))
 
 

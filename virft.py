@@ -381,7 +381,7 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     the batch: its completions count in the loss's mean and have a KL term, and no process makes fewer passes.
     Dividing by std gives very easy and very hard prompts more weight; scale=False turns it off (arXiv 2503.20783).
     """
-    rewards = rewards - rewards[:, :1]  # exactly 0 where all are equal: the mean of equal numbers may be rounded
+    rewards = rewards - rewards[:, :1]  # equal rewards become exactly 0, whatever the rounding of their mean
     centered = rewards - rewards.mean(1, keepdim=True)
     return centered / (rewards.std(1, keepdim=True) + 1e-4) if scale else centered
 
@@ -467,7 +467,7 @@ def two_stage_backward(
     G, prompts = len(ids) // len(inputs["input_ids"]), encode(model, inputs)
     outputs, leaves = [], []
     if isinstance(prompts, Prefix):
-        layers = [layer for layer in prompts.cache.layers if layer.keys is not None]  # Gemma 4's last ones share keys
+        layers = [layer for layer in prompts.cache.layers if layer.keys is not None]  # Gemma 4's last layers have none
         outputs = [prompts.logits, *(x for layer in layers for x in (layer.keys, layer.values))]
         # Frozen layers before the first trained one have no graph: their leaves need no gradient either.
         leaves = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
@@ -805,7 +805,7 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
     if run.main and run.done:  # counted in the file, which also has the steps before a resume
         logged = list(map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
         if all(row.get("zero_variance_groups") == 1 for row in logged):
-            say("no step taught anything: all answers to a question had equal rewards (metric zero_variance_groups)")
+            say("no step taught anything: within every group all rewards were equal (metric zero_variance_groups)")
         skipped = sum(row["skipped_updates"] for row in logged)
         if 2 * skipped > run.done:
             rest = "their gradients were not finite (metric skipped_updates)"
@@ -942,7 +942,7 @@ class Run:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock - last
 
     def loader(self, prompts: Prompts, batches: Sequence[list[tuple[int, int]]]) -> DataLoader:
-        """Return a loader of these batches. Its workers outlive SIGTERM, which schedulers send to every process."""
+        """Return a loader of these batches. Its workers ignore SIGTERM, which schedulers send to every process."""
         return DataLoader(
             prompts, batch_sampler=batches, collate_fn=list, num_workers=self.cfg.workers, worker_init_fn=ignore_sigterm
         )  # fmt: skip
@@ -982,7 +982,7 @@ def pretrained(auto: Any, model: str, **settings) -> Any:
     """Call from_pretrained of one of transformers' Auto classes; model: a folder, or NAME[@REVISION] on the hub."""
     name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
     if (Path(model) / "adapter_config.json").exists() and not (Path(model) / "config.json").exists():
-        raise SystemExit(f"--model {model}: adapters, not a model; the run that made them wrote model/ beside them")
+        raise SystemExit(f"--model {model}: adapters, not a model; give the run's model/ beside them")
     with loading("model", model):
         return auto.from_pretrained(name, revision=revision or None, trust_remote_code=False, **settings)
 
@@ -1211,12 +1211,12 @@ def ignore_sigterm(worker: int) -> None:
 def finish(run: Run) -> None:
     """Wait for all processes, then close trackers and connections.
 
-    The launcher kills a process that is still saving when another one fails. With --shard on CPUs one may fail when it
-    ends right after it exchanged tensors: a thread of gloo releases them, which aborts when Python is shutting down.
+    When a process fails, the launcher kills the others, which may still be saving. With --shard on CPUs a process fails
+    if Python shuts down while a thread of gloo still releases the tensors of its last exchange.
     """
     run.accelerator.wait_for_everyone()
     if run.accelerator.num_processes > 1:
-        time.sleep(0.5)  # the barrier, too, may hold tensors: of the exchange before it
+        time.sleep(0.5)  # for gloo's threads: the barrier may still hold tensors
     run.accelerator.end_training()
 
 
@@ -1283,7 +1283,7 @@ def save_model(run: Run) -> None:
             dtype, model = torch.float32, extra("adapters").merged(base, run.adapters, learned)
     elif run.main:
         rounded = [n for n, p in model.named_parameters() if not p.requires_grad and p.dtype == torch.bfloat16 != dtype]
-        if rounded:  # by `cast_frozen`
+        if rounded:  # `cast_frozen` did that; read the exact ones again
             exact = load_model(run.cfg.model, dtype, torch.device("cpu")).state_dict()
             weights = (weights or model.state_dict()) | {name: exact[name] for name in rounded}
 
@@ -1381,7 +1381,7 @@ def begun(out: Path) -> bool:
     """Return whether a folder holds a run with a step or an answer, not just what is written at its start."""
     names = set(os.listdir(out)) if out.is_dir() else set()
     started = {"config.json", "setup.txt", "used.json", "virft"}  # the last one is a tracker's folder
-    return "config.json" in names and any(not name.endswith(".png") for name in names - started)  # of --check, --ask
+    return "config.json" in names and any(not name.endswith(".png") for name in names - started)  # PNGs: --check, --ask
 
 
 def out_rule(cfg: Any, may_exist: bool) -> tuple[str, Any, str]:

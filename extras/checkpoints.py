@@ -187,7 +187,9 @@ def find(cfg: Any, examples: Iterable) -> Checkpoint:
     settings, before = asdict(cfg), asdict(type(cfg)()) | complete[-1].settings
     if changed := [name for name in settings if name not in MAY_CHANGE and settings[name] != before[name]]:
         right = " ".join(f"--{name} {before[name]}" for name in changed)
-        anew = f"; to train its model on: --model {out / 'model'} --out ANOTHER" if (out / "model").exists() else ""
+        anew = (
+            f"; to continue from its model: --model {out / 'model'} --out ANOTHER" if (out / "model").exists() else ""
+        )
         raise SystemExit(f"--resume true: {newest} was made with {right}, and a run keeps its settings{anew}")
     if complete[-1].data != (found := data_fingerprint(examples)):
         raise SystemExit(f"--resume true: the data has changed: {complete[-1].data} before, {found} now")
@@ -213,8 +215,8 @@ def drop_rows_after(file: Path, step: int) -> None:
 class StopAtSignal:
     """Record Ctrl-C and SIGTERM, so that the current step can finish; ignore further signals.
 
-    requested: the number of the first signal of this process, 0 before. Called, which all processes must do, this
-    returns the number that any of them has.
+    requested: the number of the first signal that this process received, or 0. Calling the object returns that of any
+    process, or 0; all processes must call it.
 
     Not every launcher forwards signals. torchrun does, and kills after 30 s (set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to
     change this). `accelerate launch` with one process does not: send SIGTERM to the process of virft.py itself.
@@ -243,10 +245,10 @@ class StopAtSignal:
 def interruptible(run: Any, save_model: Callable[[Any], None]) -> Iterator[StopAtSignal]:
     """Let a signal end the loop after the current step, and save after an error.
 
-    Yields a StopAtSignal. After
-    an error of the main process this saves a checkpoint if no optimizer step was cut short (run.whole), otherwise
-    only the model. With --shard it saves nothing: gathering shards needs all processes, and those that did not fail
-    do not take part. If another process fails, the launcher ends the main one: only what --save_every saved remains.
+    Yields a StopAtSignal. After an error of the main process this saves a checkpoint if no optimizer step was cut short
+    (run.whole), otherwise only the model. With --shard it saves nothing: gathering shards needs all processes, and
+    those that did not fail do not take part. If another process fails, the launcher ends the main one: only what
+    --save_every saved remains.
     """
     signals = StopAtSignal(run)
     try:

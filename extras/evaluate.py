@@ -359,11 +359,11 @@ def write_evaluation(
 def evaluate(
     run: Any, answer: Callable[[Any, list[Prompt]], list[str]], examples: Sequence[Example], out: Path,
     stopping: Any = None,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float] | None:  # fmt: skip
     """Answer all examples, divided among the processes; write scores, predictions and report.html to `out`.
 
-    With --eval_only, keep the answers that an interrupted evaluation left in `out`. stopping: the StopAtSignal of
-    training, which cuts the evaluation off: there are no scores then, and --resume evaluates again.
+    With --eval_only, keep the answers that an interrupted evaluation left in `out`. stopping: training's
+    StopAtSignal; a signal ends the evaluation without scores (None), and --resume repeats it.
     """
     cfg, accelerator, task, say = run.cfg, run.accelerator, run.prompts.task, run.accelerator.print
     kept = []
@@ -384,7 +384,7 @@ def evaluate(
     records, bar = [], tqdm(loader, desc="evaluate", disable=not run.main, dynamic_ncols=True)
     with run.gathered():  # here, because processes may have unequal numbers of batches
         for prompts in bar:
-            if stopping and stopping.requested:  # of this process; the others go on to the line after the loop
+            if stopping and stopping.requested:  # of this process; others may answer their share first
                 break
             if cfg.skip_bad_images:
                 prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]
@@ -395,7 +395,7 @@ def evaluate(
             append_own(out, "predictions", accelerator.process_index, batch)
             records += batch
     if stopping and stopping():
-        return say("the evaluation is cut off; --resume true makes it again")
+        return say("the evaluation was interrupted; --resume true repeats it")
     records = sorted([*kept, *gather_object(records)], key=lambda record: record["row"])
     overall, each = scores(records, task)
     protocol = protocol_of(task, cfg.eval_categories)

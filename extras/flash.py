@@ -23,7 +23,7 @@ def usable(device: torch.device) -> bool:
 def use(model: nn.Module, device: torch.device) -> None:
     """Switch a model to FlashAttention where GPU and family can.
 
-    Families whose forward takes token_type_ids (Gemma 3, PaliGemma), and Gemma 4 by a setting, let the tokens of an
+    Families whose forward takes token_type_ids (Gemma 3, PaliGemma), and Gemma 4 if so configured, let the tokens of an
     image see each other in both directions. flash-attn's masks cannot say so, and transformers would leave that out
     without a word.
     """

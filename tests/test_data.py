@@ -210,7 +210,7 @@ def test_the_size_in_the_header_is_that_of_the_upright_image(tmp_path, kind, ori
 @pytest.mark.parametrize("orientation", [6, 8])
 @pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
 def test_what_lies_in_a_turned_tiff_lies_where_its_size_says(tmp_path, mode, orientation):
-    """Pillow maps uncompressed files into memory, with the upright image's sides for the rows of the stored one."""
+    """Pillow maps uncompressed files into memory, and reads the stored rows with the upright size."""
     stored = np.zeros((48, 64), dtype="uint16" if mode == "I;16" else "uint8")
     stored[10:20, 5:15] = 60_000 if mode == "I;16" else 255
     image = Image.fromarray(stored).convert("RGB") if mode == "RGB" else Image.fromarray(stored)

@@ -338,7 +338,7 @@ def test_odd_coco_files(tmp_path, case):
 
 @pytest.mark.parametrize("form", ["corners", "0..1"])
 def test_one_odd_box_does_not_hide_what_the_others_are(tmp_path, form):
-    """It would have --skip_bad_images advised, and train on what is left, read wrongly."""
+    """Else the error advises --skip_bad_images, which trains on the rest, misread."""
     names = [f"{number}.jpg" for number in range(24)]
     content = table(names)
     content["annotations"] = [
@@ -556,7 +556,7 @@ ROWS = {
     "no question": ("rows", {"conversations": [{"from": "gpt", "value": "b"}]}, "found 0 questions and 1 answers"),
     "null": ("rows", {"problem": "How many?", "solution": None}, "no solution. A row has image"),
     "an open answer": ("rows", {"problem": "How many?", "solution": "<answer>3"}, "one <answer> block expected"),
-    "a blank answer": ("rows", {"problem": "How many?", "solution": "<answer> </answer>"}, "blank, as is the answer"),
+    "a blank answer": ("rows", {"problem": "How many?", "solution": "<answer> </answer>"}, "blank: a model that"),
     "a box twice": (
         "coco",
         {"problem": "Dogs?", "solution": [[1, 2, 3, 4], [1, 2, 3, 4]], "coords": "pixels"},
@@ -611,7 +611,7 @@ def test_labels(tmp_path, header, delimiter, name):
 
 
 def test_labels_without_a_file_are_skipped_and_counted(tmp_path):
-    """As when the file of labels is named itself; the first column that is not empty has the image."""
+    """For a folder and for its labels file; the first column that is not empty has the image."""
     picture(tmp_path / "a.jpg")
     (tmp_path / "labels.csv").write_text("image,file,class_name\n,a.jpg,rose\n,,lily\n")
     for source in (tmp_path, tmp_path / "labels.csv"):

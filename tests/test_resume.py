@@ -182,7 +182,7 @@ def test_an_evaluation_that_was_cut_off_is_made_on_resume(shapes_dir, tmp_path):
 
 
 def test_a_signal_cuts_an_evaluation_off(shapes_dir, tmp_path, monkeypatch):
-    """After the batch at hand, with a checkpoint; resumed, it is the run without the signal."""
+    """It stops after the batch and saves; resumed, it equals the whole run."""
     flags = {"steps": 3, "save_every": 0, "eval_every": 2, "eval_limit": 10}
     virft.main(argv(data=shapes_dir, out=tmp_path / "whole", **flags))
 

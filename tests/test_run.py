@@ -360,7 +360,7 @@ def test_the_run_folder_may_not_be_the_model_it_starts_from(llava_dir, shapes_di
 
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 2)])
 def test_an_interruption_leaves_a_checkpoint(llava_dir, shapes_dir, tmp_path, number, workers):
-    """With workers, as schedulers send it: to every process."""
+    """With workers, every process gets the signal, as schedulers do it."""
     out = tmp_path / "run"
     flags = command(**SMALL | {"steps": 10_000, "workers": workers}, data=shapes_dir, model=llava_dir, out=out, beta=0)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -552,7 +552,7 @@ def test_a_flag_that_does_not_exist_is_named_with_the_one_that_was_meant():
 
 def test_adapters_given_as_a_model_are_named(shapes_dir, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="--model .*: adapters, not a model; .* model/ beside them"):
+    with pytest.raises(SystemExit, match="--model .*: adapters, not a model; give the run's model/ beside them"):
         virft.main(
             ["--task", "coco", "--data", str(shapes_dir), "--model", str(tmp_path), "--out", str(tmp_path / "run")]
         )

@@ -240,7 +240,7 @@ virft.main()
 
 
 def test_no_process_leaves_while_another_saves(shapes_dir, tmp_path, monkeypatch):
-    """One that left while gloo's threads held its tensors could abort, and the launcher then kills the one that saves.
+    """One that ends while gloo's threads hold its tensors may abort; the launcher then kills the one that saves.
 
     atexit counts as leaving: Python's shutdown begins there.
     """

@@ -109,8 +109,8 @@ def negative_pairs(
 ) -> list[Pair]:
     """Draw pairs whose right answer is `No Objects`: a share of all pairs, at most one per image.
 
-    They come from the images of `pairs` and from `empty`, images without a box of these categories. absent(image id):
-    the categories that the image is known not to show.
+    They come from the images of `pairs` and from `empty`, images without a box or crowd of these categories.
+    absent(image id): the categories that the image is known not to show.
     """
     if not 0.0 <= choice.negatives < 1.0:
         raise DataError(f"--negatives {choice.negatives}: a share of all examples, at least 0 and below 1")

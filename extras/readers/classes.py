@@ -127,7 +127,7 @@ def class_folders(root: Path, split: str, notes: list[str]) -> list[Labeled]:
     if others := Counter(kind for kind in kind_of if kind not in endings):
         heif = "; pip install pillow-heif, and convert them" if others.keys() & {".heic", ".heif"} else ""
         counts = ", ".join(f"{n} {kind}" for kind, n in others.items())
-        notes.append(f"{folder}: files that are no images for Pillow are left out: {counts}{heif}")
+        notes.append(f"{folder}: no images for Pillow, and left out: {counts}{heif}")
     return [(f"class folder {kind}", path, kind.name) for kind, path in files if path.suffix.lower() in endings]
 
 

@@ -156,10 +156,9 @@ def tidy(file: Path, table: dict[str, list], paths: list, choice: Choice, notes:
     if choice.box_format == "xyxy":
         annotations = [a | {"bbox": sides_of(a.get("bbox"))} for a in annotations]
     look_at_boxes(file, annotations, size_of)
-    once = list({(a["image_id"], a["category_id"], a["iscrowd"], str(a["bbox"])): a for a in annotations}.values())
+    once = {(a["image_id"], a["category_id"], a["iscrowd"], str(a["bbox"])) for a in annotations}
     if len(once) < len(annotations):
-        notes.append(f"{file}: {len(annotations) - len(once)} boxes are there twice: each counts once")
-        annotations = once
+        notes.append(f"{file}: {len(annotations) - len(once)} duplicate boxes count once")
     crowds = sum(a["iscrowd"] for a in annotations)
     if crowds and crowds == len(annotations):  # CVAT writes iscrowd 1 for every mask
         notes.append(f"{file}: all annotations have iscrowd 1: they are taken as single objects")
@@ -220,13 +219,13 @@ def look_at_boxes(file: Path, annotations: list[dict], size_of: dict[Any, tuple]
             boxes.append((x, y, w, h, width + 1, height + 1))  # tools round outward
         except (KeyError, TypeError, ValueError):  # is reported with its image
             continue
-    few = len(boxes) // 20  # odd ones, which do not change what the others are
+    tolerated = len(boxes) // 20  # so many odd boxes do not change the verdict
     outside = [box[:4] for box in boxes if box[0] + box[2] > box[4] or box[1] + box[3] > box[5]]
     corners = sum(x1 < x2 <= width and y1 < y2 <= height for x1, y1, x2, y2, width, height in boxes)
-    if len(outside) > few and corners >= len(boxes) - few:
+    if len(outside) > tolerated and corners >= len(boxes) - tolerated:
         looks = f"{corners} of {len(boxes)} look like [x1, y1, x2, y2]: --box_format xyxy"
         raise DataError(f"{file}: bbox {list(outside[0])} lies outside its image; {looks}")
-    if boxes and sum(max(box[:4]) <= 1 for box in boxes) >= len(boxes) - few:
+    if boxes and sum(max(box[:4]) <= 1 for box in boxes) >= len(boxes) - tolerated:
         raise DataError(f"{file}: its boxes lie in 0..1; [x, y, width, height] in pixels expected")
 
 

@@ -21,8 +21,8 @@ def read_lvis(data: str, split: str, choice: Choice) -> Found:
     """Read a folder of LVIS_LAYOUT; categories are asked for in plain words.
 
     Only the categories in an image's `neg_category_ids` are known to be absent, so only these become negatives.
-    Categories in `not_exhaustive_category_ids`, or not checked in an image, do not count as `exhaustive`. What is so
-    annotated in part is evaluated, but not trained on: a reward would punish the true boxes that the file lacks.
+    Categories in `not_exhaustive_category_ids`, or not checked in an image, do not count as `exhaustive`. The former
+    are evaluated, but not trained on: a reward would punish the true boxes that the file lacks.
     """
     root = Path(data)
     if not (file := root if root.is_file() else annotation_file(root, f"lvis*_{split}*.json")):
@@ -48,7 +48,7 @@ def read_lvis(data: str, split: str, choice: Choice) -> Found:
     if split == "train":
         table["annotations"] = [a for a in given if verified(a["image_id"], name_of.get(a["category_id"]), True)]
         if left := len(given) - len(table["annotations"]):
-            notes.append(f"{file}: {left} boxes left out, of not_exhaustive_category_ids: others like them lack a box")
+            notes.append(f"{file}: {left} boxes left out, of not_exhaustive_category_ids: other instances lack boxes")
     examples, more = detection_examples((file, table, paths), split, choice, verified)
     return examples, notes + more
 
