@@ -302,7 +302,7 @@ def ask(run: Any, answer: Callable[[Any, list[Prompt]], list[str]]) -> None:
     for example in run.prompts.examples:
         prompt = run.prompts.encode(example)
         (text,) = answer(run, [prompt])
-        asked = re.sub(r"\W+", "_", example.category)[:40].strip("_")
-        path = Path(run.cfg.out) / f"{'_'.join(filter(None, (Path(run.cfg.ask).stem, asked)))}.png"
+        asked = re.sub(r"\W+", "_", example.category)[:40].strip("_") or "answer"
+        path = Path(run.cfg.out) / f"{Path(run.cfg.ask).stem}_{asked}.png"
         draw_answer(run.prompts.task, prompt, text, path)
         run.accelerator.print(f"{example.category}: {text}".removeprefix(": ") + f"\n  drawn in {path}")
