@@ -878,6 +878,6 @@ def test_ask_of_every_kind(llava_dir, tmp_path, capsys):
     virft.main(["--task", "lisa", *common, "--categories", "the one on the left/right, not the other"])
     virft.main(["--task", "flowers", *common])
     virft.main(["--task", "rows", *common, "--categories", "How many? Answer in <answer></answer>."])
-    said = capsys.readouterr().out
-    assert said.count("drawn in") == 3 and f"drawn in {tmp_path / 'a.png'}" not in said, "the photo lies there"
-    assert (tmp_path / "a_the_one_on_the_left_right_not_the_other.png").exists() and (tmp_path / "a_How_many_Answer_in_answer_answer.png").exists()
+    assert capsys.readouterr().out.count("drawn in") == 3
+    names = ("the_one_on_the_left_right_not_the_other", "answer", "How_many_Answer_in_answer_answer")
+    assert {f.name for f in tmp_path.glob("*.png")} == {"a.png", *(f"a_{name}.png" for name in names)}
