@@ -78,7 +78,7 @@ from virft import (  # of the algorithm
 )  # fmt: skip
 from virft import (  # of settings, loading and the loop
     Averages, Config, Run, build as build_run, connect, load_processor, obey, open_out, out_rule, parse, say, setting,
-    finish, train as train_run,
+    train as train_run,
 )  # fmt: skip
 
 
@@ -602,7 +602,6 @@ def train(argv: Sequence[str]) -> None:
     notes += [f"{name}: {text}" for name, text in zip(("chosen", "rejected"), pairs[0].solution)]
     open_out(run, 2, "answers", notes)
     train_run(run, rollout=lambda run, prompts, step: Pairs(prompts, []), update=dpo_update)
-    finish(run)
 
 
 def main(argv: list[str] | None = None) -> None:

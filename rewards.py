@@ -252,15 +252,15 @@ def non_repeat_reward(completion: str, solution: object = None) -> float:
     """
     thought = re.sub("</?think>", " ", completion.partition("<answer>")[0])
     parts = map(normalize_name, re.split(r"[.!?;](?!\d)|[。！？；\n]", thought))
-    sentences = [words for words in parts if " " in words or len(words) > 3 and max(words) > "\u3040"]
+    sentences = [words for words in parts if re.search(r"\w \w|[\u3040-\u9fff]{4}", words)]
     return float(len(set(sentences)) == len(sentences))
 
 
 def normalize_name(name: str) -> str:
     """Remove the differences between spellings: Unicode form, case, white space, `_`, `-`, punctuation at the ends."""
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", r"^\g<0>", name)  # NFKC would make 105 of 10⁵
+    text = re.sub(r"(?<=\d)[⁰¹²³⁴-⁹⁺⁻]+", r"^\g<0>", name)  # NFKC would make 105 of 10⁵
     text = unicodedata.normalize("NFKC", text).casefold().translate(_PLAIN)
-    text = re.sub(r"(?<![\w.)\]'\"])-(?=[^\s_-])", "\0", text)  # a sign stays, a hyphen does not
+    text = re.sub(r"(?<![\w.)\]])(?<![\w.)\]]['\"])-(?=[^\s_-])", "\0", text)  # a sign stays, a hyphen does not
     text = re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)
     plain = " ".join(re.sub(r"[\s_-]", " ", text).strip(" .,;:!?'\"`*()[]“”‘„«»。").split()).replace("\0", "-")
     return plain or text.strip()  # a name of punctuation is not the empty answer

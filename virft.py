@@ -764,7 +764,7 @@ def exchange_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=update) -> None:
-    """The loop: sample, update, write; now and then evaluate, save and report.
+    """The loop: sample, update, write; now and then evaluate, save and report. Ends with `finish`.
 
     --sft and mia_dpo.py bring another rollout or update.
     """
@@ -777,7 +777,8 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
         if held_out and run.done and due(run.done, cfg.eval_every):  # the evaluation that an interruption cut off
             if not gather_object([(out / f"eval_{run.done:06d}" / "scores.json").exists()])[0]:
                 evaluate(run.done)
-        for step, prompts in run.steps():
+                stop = stopping()
+        for step, prompts in () if stop else run.steps():
             ro = rollout(run, prompts, step)
             metrics = update(run, ro)
             write(run, step, metrics, ro.rows(step))
@@ -796,11 +797,12 @@ def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=
             if report and run.main and step < cfg.steps and (evaluates or saves or due(step, REPORT_EVERY)):
                 report.follow(run, ro, step)
         else:
-            save_model(run)
+            if not stop:
+                save_model(run)
     if report and run.main and ro:  # none if a resumed run had no step left
         report.follow(run, ro, run.done)
+    finish(run)
     if stop:  # unfinished: exit with 128 + signal number, as shells report it
-        finish(run)
         raise SystemExit(128 + stop)
     if run.main and run.done:  # counted in the file, which also has the steps before a resume
         logged = list(map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
@@ -1285,10 +1287,10 @@ def save_model(run: Run) -> None:
         rounded = [n for n, p in model.named_parameters() if not p.requires_grad and p.dtype == torch.bfloat16 != dtype]
         if rounded:  # `cast_frozen` did that; read the exact ones again
             exact = load_model(run.cfg.model, dtype, torch.device("cpu")).state_dict()
-            weights = (weights or model.state_dict()) | {name: exact[name] for name in rounded}
+            weights = (weights or model.state_dict(keep_vars=True)) | {name: exact[name] for name in rounded}
 
     def write_model(new: Path) -> None:
-        cast = {id(w): w.to(dtype) for w in (weights or {}).values()}  # by id: tied weights stay one tensor
+        cast = {id(w): w.detach().to(dtype) for w in (weights or {}).values()}  # by id: tied weights stay one tensor
         whole = weights and {name: cast[id(w)] for name, w in weights.items()}
         model.to(dtype).save_pretrained(new, state_dict=whole)
         run.prompts.processor.save_pretrained(new)
@@ -1430,7 +1432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             extra("evaluate").evaluate(run, answer, run.prompts.examples, Path(cfg.out))
         else:
             other = {"rollout": partial(extra("variants").supervised, judged=judged)} if cfg.sft else {}
-            train(run, held_out, **other)
+            return train(run, held_out, **other)
         finish(run)
     except DataError as error:
         raise SystemExit(f"data: {error}") from None

@@ -139,7 +139,7 @@ def test_arrows_point_one_way():
         "sampling_noise",
     }  # fmt: skip
     loop = {
-        "Averages", "Config", "Run", "build", "connect", "finish", "load_processor", "obey", "open_out", "out_rule",
+        "Averages", "Config", "Run", "build", "connect", "load_processor", "obey", "open_out", "out_rule",
         "parse", "say", "setting", "train",
     }  # fmt: skip
     taken = {m.removeprefix("virft.") for m in imported(ROOT / "mia_dpo.py") if m.startswith("virft.")}

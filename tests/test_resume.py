@@ -197,6 +197,12 @@ def test_a_signal_cuts_an_evaluation_off(shapes_dir, tmp_path, monkeypatch):
     assert stop.value.code == 128 + signal.SIGTERM and len(written) == 1
     assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
     assert not (tmp_path / "run" / "eval_000002" / "scores.json").exists()
+    for _ in range(2):  # a signal during the evaluation that is made first
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(evaluate, "append_own", signaled)
+            resume(shapes_dir, tmp_path / "run", **flags)
+        assert stop.value.code == 128 + signal.SIGTERM
+        assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
     resume(shapes_dir, tmp_path / "run", **flags)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     scores = [(tmp_path / name / "eval_000002" / "scores.json").read_text() for name in ("run", "whole")]

@@ -174,7 +174,7 @@ def test_lvis(tmp_path, version, images):
     write_lvis(tmp_path, version, images)
     examples, notes = read("lvis", tmp_path)
     assert [e.id for e in examples] == ["train/1/horse buggy", "train/2/die"]
-    assert any("1 boxes left out, of not_exhaustive_category_ids" in note for note in notes)
+    assert any("1 boxes of not_exhaustive_category_ids count as crowd regions" in note for note in notes)
     assert "val/1/monitor (computer equipment) computer monitor" in {e.id for e in read("lvis", tmp_path, "val")[0]}
     assert examples[1].solution == ((1, 2, 11, 13), (20, 2, 50, 33)) and examples[1].category_id == 2
     assert examples[0].images == (tmp_path / images / "train2017" / "000000000001.jpg",)

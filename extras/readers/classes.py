@@ -21,7 +21,16 @@ from data import (
     wanted_categories,
 )
 from extras.readers.choose import pick_split, take_shots, whole_file
-from extras.readers.rows import class_solution, column, file_lines, file_of, file_rows, have_splits, rows_of_split
+from extras.readers.rows import (
+    COLUMNS,
+    class_solution,
+    column,
+    file_lines,
+    file_of,
+    file_rows,
+    have_splits,
+    rows_of_split,
+)
 
 CLASS_LAYOUT = """Images with class names are read from the first of these that is there:
   DIR/labels.csv, .json or .jsonl     rows with file (within DIR), class_name and split (train, val or test);
@@ -92,7 +101,7 @@ def labels_file(root: Path, split: str, choice: Choice) -> list[Labeled]:
         whole_file(files[0], split, choice)
     chosen = rows_of_split(files[0], rows, split)
     labeled = [(where, file_of(row, root), column(row, "class")) for where, row in chosen]
-    if labeled and all(isinstance(image, DataError) for _, image, _ in labeled):
+    if labeled and not any(row.get(name) for _, row in chosen if isinstance(row, dict) for name in COLUMNS["images"]):
         where, row = chosen[0]
         raise DataError(f"{where}: file and class_name expected, and split if it has more than one; found {row}")
     return labeled

@@ -20,10 +20,10 @@ from data import (
     few,
     image_size,
     leave_out,
+    plain_name,
 )
 from extras.readers.choose import whole_file
 from extras.readers.rows import ROW_LAYOUT, read_rows
-from rewards import normalize_name
 
 SPLITS = {"train": (("train", "training"),), "val": (("val", "valid", "validation"), ("test", "testing"))}
 SPLIT_WORDS = {word for groups in SPLITS.values() for group in groups for word in group}
@@ -194,12 +194,12 @@ def unique(file: Path, part: str, rows: list[dict], used: set[str] | None) -> tu
     """Return the records, and {id_key: id}. Raises DataError if two share an id, or two categories a name.
 
     used: the id_keys that annotations use. An unused category that shares an id or a name is dropped: Roboflow's root
-    often has the name of the only class. None: all count as used. Names are compared by `normalize_name`.
+    often has the name of the only class. None: all count as used. Names are compared in plain words.
     """
     kept, first, ids = [], {}, {}
     for record in sorted(rows, key=lambda record: used is not None and id_key(record["id"]) not in used):
         key, name = id_key(record["id"]), record.get("name") if used is not None else None
-        name = normalize_name(name) if isinstance(name, str) else name  # "hot dog" and "hot_dog" are asked for as one
+        name = plain_name(name) if isinstance(name, str) else name  # "hot dog" and "hot_dog" are asked for as one
         shared = first.get(("id", key)) or (name is not None and first.get(("name", name)))
         if shared and (used is None or key in used):
             raise DataError(f"{file}: two {part} share an id or a name: {str(shared)[:200]} and {str(record)[:200]}")

@@ -44,11 +44,14 @@ def read_lvis(data: str, split: str, choice: Choice) -> Found:
     if not (base := next((p for p in places if (p / "train2017").is_dir() or (p / "val2017").is_dir()), None)):
         raise DataError(f"{root}: no folder train2017 or val2017. {LVIS_LAYOUT}")
     paths = [base.joinpath(*record["coco_url"].split("/")[-2:]) for record in table["images"]]
-    notes, given = [], table["annotations"]
+    notes: list[str] = []
     if split == "train":
-        table["annotations"] = [a for a in given if verified(a["image_id"], name_of.get(a["category_id"]), True)]
-        if left := len(given) - len(table["annotations"]):
-            notes.append(f"{file}: {left} boxes left out, of not_exhaustive_category_ids: other instances lack boxes")
+        rows = [a for a in table["annotations"] if not verified(a["image_id"], name_of.get(a["category_id"]), True)]
+        for record in rows:
+            record["iscrowd"] = 1
+        if rows:
+            which = "boxes of not_exhaustive_category_ids"
+            notes.append(f"{file}: {len(rows)} {which} count as crowd regions: other instances lack boxes")
     examples, more = detection_examples((file, table, paths), split, choice, verified)
     return examples, notes + more
 
