@@ -174,7 +174,7 @@ def seen_size(images: Any, size: Size) -> Size:
 def opened(source: ImageSource) -> Iterator[Image.Image]:
     """Open an image without decoding it. Raises DataError, naming it, if it is missing, cut off or not an image."""
     try:
-        # Not by its path: Pillow would map the file into memory, and swap the sides of turned TIFFs.
+        # Given a path, Pillow may map the file, and read a turned TIFF's rows at its upright width.
         with source.open("rb") if isinstance(source, Path) else source() as file, Image.open(file) as image:
             yield image
     except Exception as error:  # PIL's plugins raise what they like
@@ -439,8 +439,10 @@ def image_paths(file: Path, records: list[dict]) -> list[Path | None]:
         if any(found := [next((p for p in row if p.name in listed(p.parent)), None) for row in places]):
             break
     if any(names) and not any(found):
-        sought = f"{next(filter(None, names))} in {around[0]} and {around[1]}, also in images, data, JPEGImages there"
-        raise DataError(f"{file}: none of its images is there. Sought: {sought}. Else link their folder as images")
+        sought = (
+            f"{next(filter(None, names))} in {around[0]} and {around[1]}, and in their {name}, images, data, JPEGImages"
+        )
+        raise DataError(f"{file}: none of its images is there. Sought: {sought}. Link their folder as `images`")
     for row, path in enumerate(found):
         if path and users.setdefault(path, row) != row:
             raise DataError(f"{file}: images[{users[path]}] and images[{row}] are the same file {path}")

@@ -248,7 +248,7 @@ def accuracy_reward(completion: str, solution: str | float | Sequence[str]) -> f
 def non_repeat_reward(completion: str, solution: object = None) -> float:
     """Return 0 if a sentence before <answer> is repeated, 1 otherwise (after VisionReasoner, arXiv 2505.12081).
 
-    Sentences of two words or four Chinese letters count, compared by `normalize_name`. Empty thoughts earn 1: invited.
+    Sentences with two words, or 4 CJK letters in a row, count, after `normalize_name`. It invites empty thoughts: 1.
     """
     thought = re.sub("</?think>", " ", completion.partition("<answer>")[0])
     parts = map(normalize_name, re.split(r"[.!?;](?!\d)|[。！？；\n]", thought))

@@ -764,7 +764,7 @@ def exchange_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def train(run: "Run", held_out: Sequence[Example] = (), rollout=rollout, update=update) -> None:
-    """The loop: sample, update, write; now and then evaluate, save and report. Ends with `finish`.
+    """Train: sample, update, write; now and then evaluate, save and report; in the end `finish`.
 
     --sft and mia_dpo.py bring another rollout or update.
     """
@@ -984,7 +984,7 @@ def pretrained(auto: Any, model: str, **settings) -> Any:
     """Call from_pretrained of one of transformers' Auto classes; model: a folder, or NAME[@REVISION] on the hub."""
     name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
     if (Path(model) / "adapter_config.json").exists() and not (Path(model) / "config.json").exists():
-        raise SystemExit(f"--model {model}: adapters, not a model; give the run's model/ beside them")
+        raise SystemExit(f"--model {model}: holds adapters, not a model; give OUT/model of that run")
     with loading("model", model):
         return auto.from_pretrained(name, revision=revision or None, trust_remote_code=False, **settings)
 
@@ -1213,12 +1213,12 @@ def ignore_sigterm(worker: int) -> None:
 def finish(run: Run) -> None:
     """Wait for all processes, then close trackers and connections.
 
-    When a process fails, the launcher kills the others, which may still be saving. With --shard on CPUs a process fails
-    if Python shuts down while a thread of gloo still releases the tensors of its last exchange.
+    When a process fails, the launcher kills the others, which may still be saving. With gloo and --shard a process may
+    abort if Python shuts down while a thread still holds tensors of the last exchange.
     """
     run.accelerator.wait_for_everyone()
     if run.accelerator.num_processes > 1:
-        time.sleep(0.5)  # for gloo's threads: the barrier may still hold tensors
+        time.sleep(0.5)  # let gloo's threads release the tensors
     run.accelerator.end_training()
 
 
@@ -1285,7 +1285,7 @@ def save_model(run: Run) -> None:
             dtype, model = torch.float32, extra("adapters").merged(base, run.adapters, learned)
     elif run.main:
         rounded = [n for n, p in model.named_parameters() if not p.requires_grad and p.dtype == torch.bfloat16 != dtype]
-        if rounded:  # `cast_frozen` did that; read the exact ones again
+        if rounded:  # by `cast_frozen`: reload the exact ones
             exact = load_model(run.cfg.model, dtype, torch.device("cpu")).state_dict()
             weights = (weights or model.state_dict(keep_vars=True)) | {name: exact[name] for name in rounded}
 

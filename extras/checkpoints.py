@@ -105,7 +105,7 @@ def save(run: Any) -> None:
     new = folder.with_suffix(".unfinished")
     try:
         if run.main:
-            for left in folder.parent.glob("*.unfinished"):  # by a kill inside an earlier save
+            for left in folder.parent.glob("*.unfinished"):  # left by a save that was killed
                 shutil.rmtree(left, ignore_errors=True)
             new.mkdir(parents=True)
         weights = None
@@ -215,8 +215,8 @@ def drop_rows_after(file: Path, step: int) -> None:
 class StopAtSignal:
     """Record Ctrl-C and SIGTERM, so that the current step can finish; ignore further signals.
 
-    requested: the number of the first signal that this process received, or 0. Calling the object returns that of any
-    process, or 0; all processes must call it.
+    requested: the number of the first signal that this process received, or 0. Calling the object returns the
+    largest over all processes, which must all call it.
 
     Not every launcher forwards signals. torchrun does, and kills after 30 s (set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to
     change this). `accelerate launch` with one process does not: send SIGTERM to the process of virft.py itself.

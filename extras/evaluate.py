@@ -384,7 +384,7 @@ def evaluate(
     records, bar = [], tqdm(loader, desc="evaluate", disable=not run.main, dynamic_ncols=True)
     with run.gathered():  # here, because processes may have unequal numbers of batches
         for prompts in bar:
-            if stopping and stopping.requested:  # of this process; others may answer their share first
+            if stopping and stopping.requested:  # local, no exchange: batch counts may differ
                 break
             if cfg.skip_bad_images:
                 prompts = [prompt for prompt in prompts if not isinstance(prompt, DataError)]

@@ -552,7 +552,7 @@ def test_a_flag_that_does_not_exist_is_named_with_the_one_that_was_meant():
 
 def test_adapters_given_as_a_model_are_named(shapes_dir, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="--model .*: adapters, not a model; give the run's model/ beside them"):
+    with pytest.raises(SystemExit, match="--model .*: holds adapters, not a model; give OUT/model of that run"):
         virft.main(
             ["--task", "coco", "--data", str(shapes_dir), "--model", str(tmp_path), "--out", str(tmp_path / "run")]
         )

@@ -137,7 +137,11 @@ def class_folders(root: Path, split: str, notes: list[str]) -> list[Labeled]:
         heif = "; pip install pillow-heif, and convert them" if others.keys() & {".heic", ".heif"} else ""
         counts = ", ".join(f"{n} {kind}" for kind, n in others.items())
         notes.append(f"{folder}: no images for Pillow, and left out: {counts}{heif}")
-    return [(f"class folder {kind}", path, kind.name) for kind, path in files if path.suffix.lower() in endings]
+    return [
+        (f"class folder {kind}", path, kind.name)
+        for kind, path in files
+        if path.suffix.lower() in endings and path.is_file()
+    ]
 
 
 read_pets = partial(read_classes, published=pets_lists)

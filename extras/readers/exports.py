@@ -226,7 +226,7 @@ def look_at_boxes(file: Path, annotations: list[dict], size_of: dict[Any, tuple]
         looks = f"{corners} of {len(boxes)} look like [x1, y1, x2, y2]: --box_format xyxy"
         raise DataError(f"{file}: bbox {list(outside[0])} lies outside its image; {looks}")
     if boxes and sum(max(box[:4]) <= 1 for box in boxes) >= len(boxes) - tolerated:
-        raise DataError(f"{file}: its boxes lie in 0..1; [x, y, width, height] in pixels expected")
+        raise DataError(f"{file}: most boxes lie in 0..1; [x, y, width, height] in pixels expected")
 
 
 # What marks a folder, or the ending of a file -> the tool, and what `globox convert` is told.

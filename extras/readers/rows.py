@@ -293,7 +293,7 @@ def any_solution(value: Any) -> Any:
     if (solution := parse_answer(value) if wrapped else value) is None or solution != solution:  # NaN
         raise DataError(f"solution {str(value)[:200]!r}: one <answer> block expected, or a value")
     if isinstance(solution, str) and not solution.strip():
-        raise DataError(f"solution {str(value)[:200]!r}: blank: a model that writes nothing would be right")
+        raise DataError(f"solution {str(value)[:200]!r} is blank; a model that writes nothing would be right")
     return solution
 
 
