@@ -329,6 +329,7 @@ def test_a_missing_package_is_named_in_one_line(error, remedy):
     assert str(stopped.value) == f"model name needs a package that is not installed: {remedy}"
 
 
+@shared("qwen2_5_vl_processor")
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_the_real_processor_without_torchvision_names_it():
     with pytest.raises(SystemExit, match=r"^model .+ needs a package that is not installed: pip install torchvision$"):
