@@ -187,7 +187,7 @@ def test_bad_files_are_named(coco):
     coco.images.rename(coco.root / "elsewhere")
     with pytest.raises(
         DataError,
-        match="none of its images is there. Sought: .*.(png|jpg) in .*annotations and .*, also in images, data",
+        match=r"none of its images is there. Sought: 1\.png in .*annotations and .*, and in their train2017, images",
     ):
         read(coco.root)
 
