@@ -1142,7 +1142,7 @@ def build(
     source = saved.model if saved and not cfg.lora_rank else cfg.model
     # On GPUs weights that stay as they are (evaluation, LoRA's base) are loaded in the dtype of the checkpoint: half of
     # the memory. A LoRA run's reference is the same model, so nothing is rounded differently in the two.
-    dtype = "auto" if bf16 and (cfg.lora_rank or not trains) else torch.float32
+    dtype = "auto" if bf16 and (not trains or cfg.lora_rank) else torch.float32
     model = load_model(source, dtype, device).requires_grad_(trains)
     if trains:
         adapters = make_trainable(model, cfg, saved and saved.model)

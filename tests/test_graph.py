@@ -1,69 +1,17 @@
 """The decode step as a CUDA graph, without CUDA: a tape that repeats operations on the same memory stands in for it."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import families
 import virft
 from extras import graph
 from families import FAMILIES, batch, prompts
+from tape import record
 from test_families import FORBIDDEN, TEMPERATURE, G
 
 EOS = torch.arange(8, 24)  # rows end at different times
-
-
-def reachable(thing, seen: set) -> Iterator[Tensor]:
-    """Every tensor that a step can reach, but for those of the model."""
-    if id(thing) in seen or isinstance(thing, torch.nn.Module):
-        return
-    seen.add(id(thing))
-    if isinstance(thing, Tensor):
-        yield thing
-    elif callable(thing) and hasattr(thing, "__closure__"):
-        for cell in thing.__closure__ or ():
-            yield from reachable(cell.cell_contents, seen)
-    elif isinstance(thing, dict):
-        for value in thing.values():
-            yield from reachable(value, seen)
-    elif isinstance(thing, (list, tuple)):
-        for value in thing:
-            yield from reachable(value, seen)
-    elif hasattr(thing, "__dict__"):
-        yield from reachable(vars(thing), seen)
-
-
-class Tape(TorchDispatchMode):
-    """Note each operation with the memory that it reads and writes; `replay` repeats them there, without Python."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-def record(step) -> Tape:
-    """Record a step; afterwards all memory is as it was before, as with a CUDA graph."""
-    before = [(tensor, tensor.clone()) for tensor in reachable(step, set())]
-    with Tape() as tape:
-        step()
-    for tensor, value in before:
-        tensor.copy_(value)
-    return tape.replay
 
 
 def sampled(name: str, capture=None, tokens: int = 24) -> tuple[Tensor, Tensor]:
