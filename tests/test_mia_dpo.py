@@ -164,15 +164,26 @@ def build_command(single, model, out, *flags) -> list[str]:
     return ["--task", "rows", "--data", str(single), "--model", str(model), "--out", str(out), *common, *flags]
 
 
-def planted_run(single, llava_dir, tmp_path, layout: str, plant_of) -> tuple[virft.Run, Question, data.Prompt]:
-    """A run whose model attends as plant_of(indices of image tokens, P, target) says, and one question of a layout."""
+def answering_run(single, llava_dir, tmp_path, layout: str) -> virft.Run:
     cfg = mia_dpo.parse_build(build_command(single, llava_dir, tmp_path / "p.jsonl", "--layouts", layout))
     processor, coordinates, _ = virft.load_processor(cfg, "auto")
     examples, _ = data.load_examples(data.TASKS["rows"], str(single), "train")
     encoder = data.Prompts(data.TASKS["rows"], examples, processor, coordinates)
-    run = virft.build(cfg, virft.connect(cfg), encoder, {}, trains=False)
+    return virft.build(cfg, virft.connect(cfg), encoder, {}, trains=False)
+
+
+def test_the_model_that_answers_takes_a_gpus_dtypes(single, llava_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(virft, "AUTOCAST", "cpu")
+    dtypes = {p.dtype for p in answering_run(single, llava_dir, tmp_path, "sequence3").model.parameters()}
+    assert dtypes == {torch.bfloat16, torch.float32}
+
+
+def planted_run(single, llava_dir, tmp_path, layout: str, plant_of) -> tuple[virft.Run, Question, data.Prompt]:
+    """A run whose model attends as plant_of(indices of image tokens, P, target) says, and one question of a layout."""
+    run = answering_run(single, llava_dir, tmp_path, layout)
+    processor = run.prompts.processor
     (tmp_path / "images").mkdir()
-    questions = collages.Questions(encoder, {layout: 1.0}, tmp_path / "images", cfg.cell, 0)
+    questions = collages.Questions(run.prompts, {layout: 1.0}, tmp_path / "images", run.cfg.cell, 0)
     _, question, prompt = questions[3]
     ids = prompt.inputs["input_ids"][0]
     places = (ids == processor.image_token_id).nonzero().squeeze(1)

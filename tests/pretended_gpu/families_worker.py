@@ -1,0 +1,65 @@
+"""Sample and score with each family on the pretended GPU and on the CPU; print what differs, a JSON line a family."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+import families  # noqa: E402
+import virft  # noqa: E402
+from extras import graph, memory  # noqa: E402
+from families import FORBIDDEN, TEMPERATURE, G  # noqa: E402
+
+EOS = torch.arange(8, 24)  # rows end at different times
+TOKENS = 24
+
+
+def sampled(model, inputs: dict, device: str, **more) -> tuple[torch.Tensor, torch.Tensor]:
+    noise, eos, forbidden = (x.to(device) for x in (virft.sampling_noise(["a", "b"], G, TOKENS), EOS, FORBIDDEN))
+    with torch.no_grad():
+        return virft.sample(model, inputs, G, noise, TOKENS, eos, TEMPERATURE, forbidden, **more)
+
+
+def gradient(model, inputs: dict, ids: torch.Tensor, bf16: bool = False) -> torch.Tensor:
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1)).to(ids.device)
+    rows = torch.arange(len(ids), device=ids.device)
+    chunks = rows.split(2) if virft.cache_is_differentiable(model) else [rows]
+    distribution = {"temperature": TEMPERATURE, "forbidden": FORBIDDEN.to(ids.device)}
+    model.zero_grad()
+    with (
+        torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        virft.two_stage_backward(
+            model, inputs, ids, chunks, lambda rows, logp, _: (logp * weights[rows]).sum(), **distribution
+        )
+    return families.gradients(model).cpu()
+
+
+def compare(name: str) -> dict:
+    inputs, on_cpu, on_gpu = families.batch(families.prompts(name)), families.model(name), families.model(name).cuda()
+    moved = {key: value.cuda() for key, value in inputs.items()}
+    expected = sampled(on_cpu, inputs, "cpu")
+    graphs = graph.Graphs(), graph.Graphs()
+    ids, logp = sampled(on_gpu, moved, "cuda", capture=graphs[0].capture)
+    with torch.autocast("cuda", torch.bfloat16):
+        rounded, _ = sampled(on_gpu, moved, "cuda", capture=graphs[1].capture)
+    exact, found = gradient(on_cpu, inputs, expected[0]), gradient(on_gpu, moved, ids)
+    bf16 = gradient(on_gpu, moved, ids, bf16=True)
+    memory.checkpoint_vision(on_gpu)
+    again = gradient(on_gpu, moved, ids, bf16=True)
+    return {
+        "name": name, "same tokens": torch.equal(ids.cpu(), expected[0]), "recorded": [g.works for g in graphs],
+        "rounded": list(rounded.shape), "logp": float((logp.cpu() - expected[1]).abs().max()),
+        "gradient": float((found - exact).norm() / exact.norm()), "bf16": float((bf16 - exact).norm() / exact.norm()),
+        "checkpointed": float((again - bf16).norm() / bf16.norm()),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    virft.LOOK_EVERY = 6  # so that batches are halved, and steps recorded anew
+    for name in families.FAMILIES:
+        print(json.dumps(compare(name)), flush=True)

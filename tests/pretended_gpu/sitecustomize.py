@@ -1,0 +1,161 @@
+"""Pretend a GPU in every Python process that has this folder in PYTHONPATH and device.cpp's library in PRETENDED_GPU.
+
+Python imports a module of this name when it starts. The library must be loaded before torch asks which devices there
+are; then functions of torch.cuda that would need CUDA, and collectives that would need NCCL, are replaced.
+"""
+
+import contextlib
+import ctypes
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+ctypes.CDLL(os.environ["PRETENDED_GPU"], ctypes.RTLD_GLOBAL)
+
+import torch  # noqa: E402
+import torch._dynamo.trace_rules  # noqa: E402
+import torch.cuda.amp.common  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.distributed._functional_collectives  # noqa: E402
+import torch.distributed.tensor  # noqa: E402
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+torch._dynamo.trace_rules.get_torch_obj_rule_map()  # before the functions are replaced, of which it holds a list
+sys.path[1:1] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # after the script's own folder
+from extras import graph  # noqa: E402
+from tape import record  # noqa: E402
+
+GPU = torch.ops.pretended_gpu
+BYTES = 80 * 2**30
+
+
+def nothing(*args, **kwargs) -> None:
+    pass
+
+
+def constant(value):
+    return lambda *args, **kwargs: value
+
+
+class Stream:
+    priority = stream_id = 0
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    wait_stream = wait_event = synchronize = record_event = __exit__ = nothing
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+
+class Event:
+    record = wait = synchronize = nothing
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+
+properties = SimpleNamespace(total_memory=BYTES, name="a pretended GPU", major=9, minor=0, uuid="0")
+nothings = (
+    "_lazy_init set_device synchronize empty_cache manual_seed manual_seed_all set_rng_state set_rng_state_all"
+    " set_stream reset_peak_memory_stats"
+)
+replaced = dict.fromkeys(nothings.split(), nothing) | {
+    "is_available": constant(True),
+    "is_initialized": constant(True),
+    "is_bf16_supported": constant(True),
+    "is_current_stream_capturing": constant(False),
+    "_is_in_bad_fork": constant(False),
+    "device_count": constant(int(os.environ.get("PRETENDED_GPUS", "1"))),
+    "current_device": constant(Stream.device.index),
+    "get_device_properties": constant(properties),
+    "get_device_capability": constant((properties.major, properties.minor)),
+    "get_device_name": constant(properties.name),
+    "mem_get_info": constant((BYTES, BYTES)),
+    "max_memory_allocated": constant(2**30),
+    "memory_allocated": constant(2**30),
+    "get_rng_state": constant(torch.zeros(8, dtype=torch.uint8)),
+    "get_rng_state_all": constant([]),
+    "Stream": Stream,
+    "Event": Event,
+    "current_stream": Stream,
+    "default_stream": Stream,
+    "stream": constant(contextlib.nullcontext()),
+}
+for name, value in replaced.items():
+    setattr(torch.cuda, name, value)
+torch.cuda.amp.common.amp_definitely_not_available = constant(False)
+torch.Tensor.record_stream = nothing
+torch._C._cuda_getCurrentRawStream = constant(0)  # for bitsandbytes, which peft imports
+
+
+def resize_(storage, bytes: int, on_cpu=torch.UntypedStorage.resize_):
+    if storage.device.type == "cpu":
+        return on_cpu(storage, bytes)
+    GPU.resize_storage(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (0,), (1,)), bytes)
+    return storage
+
+
+torch.UntypedStorage.resize_ = resize_
+
+
+# A CUDA graph: operations that would wait for the GPU are refused while it is recorded.
+
+
+@contextlib.contextmanager
+def recording():
+    GPU.record(True)
+    try:
+        yield
+    finally:
+        GPU.record(False)
+
+
+def recorded(step):
+    print("a step is recorded", file=sys.stderr)
+    return record(step, recording)
+
+
+graph.Graphs.__init__.__defaults__ = (recorded,)
+
+# Collectives go by gloo, on the same memory.
+
+
+def on_cpu(value):
+    if isinstance(value, torch.Tensor):
+        return GPU.on_cpu(value.detach()) if value.is_cuda else value
+    return [on_cpu(x) for x in value] if isinstance(value, list) else value
+
+
+def collective(function, *args, device_ids=None, **kwargs):
+    return function(*map(on_cpu, args), **{name: on_cpu(value) for name, value in kwargs.items()})
+
+
+def by_gloo(function, *args, backend=None, device_id=None, **kwargs):
+    return function("gloo", **kwargs)
+
+
+names = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor",
+         "reduce_scatter_single", "broadcast", "reduce", "scatter", "gather", "barrier")  # fmt: skip
+wrapped = {getattr(dist, name): partial(collective, getattr(dist, name)) for name in names}
+wrapped[dist.init_process_group] = partial(by_gloo, dist.init_process_group)
+for module in [m for name, m in sys.modules.items() if name.startswith("torch.distributed")]:
+    for name, value in list(vars(module).items()):
+        if callable(value) and value.__hash__ and value in wrapped:
+            setattr(module, name, wrapped[value])
+dist.is_nccl_available = constant(True)
+
+functional = torch.ops._c10d_functional
+library = torch.library.Library("_c10d_functional", "IMPL")
+
+
+def functional_collective(name: str, tensor: torch.Tensor, *rest) -> torch.Tensor:
+    return functional.wait_tensor(getattr(functional, name)(on_cpu(tensor.contiguous()), *rest)).to(tensor.device)
+
+
+for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+    library.impl(name, partial(functional_collective, name), "CUDA", allow_override=True)
+library.impl("wait_tensor", torch.clone, "CUDA", allow_override=True)
