@@ -1074,6 +1074,9 @@ def connect(cfg: Any) -> Accelerator:
     """Join the processes that were launched; SystemExit where they would not find each other."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while process 0 saves
     cpu, trackers = not torch.cuda.is_available(), getattr(cfg, "report_to", None) or None
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if gpus and here > gpus:
+        raise SystemExit(f"{here} processes were launched on {gpus} GPUs: --num_processes {gpus} goes before the script")
     accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=cfg.out, kwargs_handlers=[patience])
     n, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if n != launched:

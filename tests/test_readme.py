@@ -318,6 +318,7 @@ def run_sh(house: Path, *argv, check: bool = True) -> subprocess.CompletedProces
     return done
 
 
+@pytest.mark.slow
 def test_reproduce_evaluates_trains_evaluates_and_goes_on(house, llava_dir, tmp_path):
     """The command of docs/tested.md on a small folder in COCO's layout with a tiny model.
 
