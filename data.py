@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from rewards import REWARDS, Box, parse_answer, parse_detections, parse_grounding
@@ -178,7 +178,8 @@ def opened(source: ImageSource) -> Iterator[Image.Image]:
         with source.open("rb") if isinstance(source, Path) else source() as file, Image.open(file) as image:
             yield image
     except Exception as error:  # PIL's plugins raise what they like
-        why = "no such image" if isinstance(error, FileNotFoundError) else f"not a whole image ({error})"
+        what = "no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+        why = "no such image" if isinstance(error, FileNotFoundError) else f"not a whole image ({what})"
         raise error if isinstance(error, DataError) else DataError(f"{source}: {why}") from None
 
 

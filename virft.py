@@ -1085,6 +1085,8 @@ def connect(cfg: Any) -> Accelerator:
         raise SystemExit(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of the {n} processes")
     if getattr(cfg, "shard", False) and cfg.adam_bits == 8:
         raise SystemExit("--adam_bits 8: must be 32 with --shard, which bitsandbytes does not know")
+    if not accelerator.is_main_process:
+        transformers.utils.logging.disable_progress_bar()  # one bar of "Loading weights" is enough
     torch.multiprocessing.set_sharing_strategy("file_system")  # the default can exceed the limit of open files
     return accelerator
 

@@ -56,5 +56,6 @@ def record(step, recording=contextlib.nullcontext) -> Callable[[], None]:
     with recording(), Tape() as tape:
         step()
     for tensor, value in before:
-        tensor.copy_(value)
+        if not torch.equal(tensor, value):
+            tensor.copy_(value)
     return tape.replay

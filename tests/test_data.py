@@ -267,8 +267,9 @@ def test_images_that_do_not_open_are_named(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("<html>not found</html>")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    for name in ("cut", "text", "empty"):
-        with pytest.raises(DataError, match=f"{name}.jpg: not a whole image"):
+    reasons = {"cut": "Truncated File Read|image file is truncated", "text": "no format", "empty": "no format"}
+    for name, reason in reasons.items():
+        with pytest.raises(DataError, match=rf"{name}.jpg: not a whole image \(({reason})"):
             data.open_image(tmp_path / f"{name}.jpg")
     with pytest.raises(DataError, match="none.jpg: no such image"):
         data.open_image(tmp_path / "none.jpg")
