@@ -1076,7 +1076,7 @@ def connect(cfg: Any) -> Accelerator:
     cpu, trackers = not torch.cuda.is_available(), getattr(cfg, "report_to", None) or None
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if gpus and here > gpus:
-        raise SystemExit(f"{here} processes were launched on {gpus} GPUs: --num_processes {gpus} goes before the script")
+        raise SystemExit(f"{here} processes were launched on {gpus} GPUs: --num_processes {gpus} before the script")
     accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=cfg.out, kwargs_handlers=[patience])
     n, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if n != launched:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 NAME = "flash_attention_2"
 
@@ -23,13 +24,16 @@ def usable(device: torch.device) -> bool:
 def use(model: nn.Module, device: torch.device) -> None:
     """Switch a model to FlashAttention where GPU and family can.
 
+    All parts must support it: transformers would refuse LFM2-VL at the start, for its vision tower does not.
     Families whose forward takes token_type_ids (Gemma 3, PaliGemma), and Gemma 4 if so configured, let the tokens of an
     image see each other in both directions. flash-attn's masks cannot say so, and transformers would leave that out
     without a word.
     """
     both_ways = "token_type_ids" in inspect.signature(model.forward).parameters
     both_ways = both_ways or getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
-    if usable(device) and getattr(model, "_supports_flash_attn", False) and not both_ways:
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    supported = all(getattr(part, "_supports_flash_attn", False) for part in parts)
+    if usable(device) and supported and not both_ways:
         model.set_attn_implementation(NAME)
 
 

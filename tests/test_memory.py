@@ -288,7 +288,7 @@ def test_every_family_has_a_forecast(name):
 
 def test_flash_attention_is_left_to_families_whose_masks_it_can_express(monkeypatch):
     monkeypatch.setattr(flash, "usable", lambda device: True)
-    for name in ("Gemma3", "PaliGemma"):
+    for name in ("Gemma3", "PaliGemma", "LFM2-VL"):
         model = families.model(name)
         flash.use(model, torch.device("cpu"))
         assert model.config._attn_implementation == "sdpa"

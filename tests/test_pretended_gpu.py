@@ -37,14 +37,15 @@ def pretended(tmp_path_factory):
     build += [FOLDER / "device.cpp", f"-L{torch_libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_libraries}"]
     subprocess.run([*build, "-o", library], check=True)
 
-    def python(*argv, gpus: int = 1, check: bool = True) -> str:
+    def python(*argv, gpus: int = 1, packages: tuple[Path, ...] = ()) -> str:
+        folders = map(str, (FOLDER, *packages))
         environment = os.environ | {
-            "PRETENDED_GPU": str(library), "PRETENDED_GPUS": str(gpus), "PYTHONPATH": str(FOLDER),
+            "PRETENDED_GPU": str(library), "PRETENDED_GPUS": str(gpus), "PYTHONPATH": os.pathsep.join(folders),
             "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [sys.executable, *map(str, argv)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        assert not (check and done.returncode), done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     return python
@@ -99,6 +100,22 @@ def test_every_family_samples_by_a_graph_and_learns_as_on_the_cpu(pretended):
     for row in found:
         assert row["same tokens"] and row["recorded"] == [True, True] and row["logp"] < 1e-4, row
         assert row["gradient"] < 1e-4 and row["bf16"] < 0.3 and row["checkpointed"] < 1e-6, row
+
+
+def test_flash_attn_learns_as_sdpa(pretended, tmp_path):
+    """By transformers' own use of the package, for which pretended_gpu/packages/flash_attn.py stands in."""
+    information = tmp_path / "flash_attn-2.8.3.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    (information / "top_level.txt").write_text("flash_attn\n")
+    out = pretended(FOLDER / "families_worker.py", "flash", packages=(FOLDER / "packages", tmp_path))
+    calls = 0
+    for row in (json.loads(line) for line in out.splitlines() if line.startswith("{")):
+        assert row["gradient"] < 1e-5, row
+        by_sdpa = row["name"] in ("Gemma3", "PaliGemma", "Mllama", "LFM2-VL")  # masks or towers that it does not know
+        assert (row["calls"] > calls) != by_sdpa, row
+        calls = row["calls"]
+    assert calls
 
 
 def test_one_gpu_two_copies_and_two_shards_take_the_same_steps(pretended, pictures, tmp_path):

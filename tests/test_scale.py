@@ -229,7 +229,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     """NCCL would name a duplicate GPU, after the model has been loaded twice on it."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(SystemExit, match="8 processes were launched on 4 GPUs: --num_processes 4 goes before the script"):
+    with pytest.raises(SystemExit, match="8 processes were launched on 4 GPUs: --num_processes 4"):
         virft.connect(virft.Config())
 
 

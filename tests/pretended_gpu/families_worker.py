@@ -1,4 +1,9 @@
-"""Sample and score with each family on the pretended GPU and on the CPU; print what differs, a JSON line a family."""
+"""Sample and score with each family on the pretended GPU and on the CPU; print what differs, a JSON line a family.
+
+    python tests/pretended_gpu/families_worker.py [flash]
+
+flash: compare flash-attn with SDPA instead.
+"""
 
 import json
 import sys
@@ -10,7 +15,7 @@ import torch  # noqa: E402
 
 import families  # noqa: E402
 import virft  # noqa: E402
-from extras import graph, memory  # noqa: E402
+from extras import flash, graph, memory  # noqa: E402
 from families import FORBIDDEN, TEMPERATURE, G  # noqa: E402
 
 EOS = torch.arange(8, 24)  # rows end at different times
@@ -59,7 +64,21 @@ def compare(name: str) -> dict:
     }  # fmt: skip
 
 
+def compare_flash(name: str) -> dict:
+    import flash_attn  # packages/flash_attn.py
+
+    prompts, model = families.prompts(name), families.model(name).cuda()
+    inputs = {key: value.cuda() for key, value in families.batch(prompts).items()}
+    if name in ("Idefics3", "SmolVLM"):  # their processor leaves no padding within a tile
+        inputs["pixel_attention_mask"].fill_(1)
+    ids = families.completions(prompts).cuda()
+    expected = gradient(model, inputs, ids)
+    flash.use(model, ids.device)
+    found = gradient(model, inputs, ids)
+    return {"name": name, "calls": flash_attn.calls, "gradient": float((found - expected).norm() / expected.norm())}
+
+
 if __name__ == "__main__":
     virft.LOOK_EVERY = 6  # so that batches are halved, and steps recorded anew
     for name in families.FAMILIES:
-        print(json.dumps(compare(name)), flush=True)
+        print(json.dumps(compare_flash(name) if sys.argv[1:] == ["flash"] else compare(name)), flush=True)

@@ -20,7 +20,6 @@ import torch.cuda.amp.common  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed._functional_collectives  # noqa: E402
 import torch.distributed.tensor  # noqa: E402
-import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 torch._dynamo.trace_rules.get_torch_obj_rule_map()  # before the functions are replaced, of which it holds a list
 sys.path[1:1] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # after the script's own folder
