@@ -1133,6 +1133,8 @@ def build(
         config, gpu = pretrained(transformers.AutoConfig, cfg.model), torch.cuda.get_device_properties(device)
         n = accelerator.num_processes
         say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen=cast_frozen, has=gpu.total_memory))
+        if gpu.major < 8:
+            say(f"{gpu.name} has capability {gpu.major}.{gpu.minor}: below 8.0 (Ampere) bf16 is slow")
 
     def placed(model: nn.Module) -> nn.Module:
         """Store frozen weights compactly, choose the attention and, with --shard, divide the weights."""
