@@ -120,17 +120,30 @@ def recorded(step):
 
 graph.Graphs.__init__.__defaults__ = (recorded,)
 
-# Collectives go by gloo, on the same memory.
+# Collectives go by gloo, on the same memory. NCCL takes the GPU's tensors only; torch puts objects there by itself.
+
+depth = 0  # of calls among collectives: those of objects call others with tensors that are on the CPU here
 
 
 def on_cpu(value):
     if isinstance(value, torch.Tensor):
+        if not value.is_cuda and not depth:
+            raise RuntimeError("No backend type associated with device type cpu")
         return GPU.on_cpu(value.detach()) if value.is_cuda else value
     return [on_cpu(x) for x in value] if isinstance(value, list) else value
 
 
 def collective(function, *args, device_ids=None, **kwargs):
-    return function(*map(on_cpu, args), **{name: on_cpu(value) for name, value in kwargs.items()})
+    return nested(function, *map(on_cpu, args), **{name: on_cpu(value) for name, value in kwargs.items()})
+
+
+def nested(function, *args, **kwargs):
+    global depth
+    depth += 1
+    try:
+        return function(*args, **kwargs)
+    finally:
+        depth -= 1
 
 
 def by_gloo(function, *args, backend=None, device_id=None, **kwargs):
@@ -140,6 +153,8 @@ def by_gloo(function, *args, backend=None, device_id=None, **kwargs):
 names = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor",
          "reduce_scatter_single", "broadcast", "reduce", "scatter", "gather", "barrier")  # fmt: skip
 wrapped = {getattr(dist, name): partial(collective, getattr(dist, name)) for name in names}
+names = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
+wrapped |= {getattr(dist, name): partial(nested, getattr(dist, name)) for name in names}
 wrapped[dist.init_process_group] = partial(by_gloo, dist.init_process_group)
 for module in [m for name, m in sys.modules.items() if name.startswith("torch.distributed")]:
     for name, value in list(vars(module).items()):
