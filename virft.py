@@ -1074,13 +1074,13 @@ def connect(cfg: Any) -> Accelerator:
     """Join the processes that were launched; SystemExit where they would not find each other."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # others wait while process 0 saves
     cpu, trackers = not torch.cuda.is_available(), getattr(cfg, "report_to", None) or None
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if gpus and here > gpus:
-        raise SystemExit(f"{here} processes were launched on {gpus} GPUs: --num_processes {gpus} before the script")
     accelerator = Accelerator(cpu=cpu, log_with=trackers, project_dir=cfg.out, kwargs_handlers=[patience])
     n, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if n != launched:
         raise SystemExit(f"{launched} processes were launched, accelerate sees {n}: see `accelerate config`")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if accelerator.device.type == "cuda" and here > gpus:
+        raise SystemExit(f"{here} processes were launched for {gpus} GPU(s): give the launcher --num_processes {gpus}")
     if hasattr(cfg, "steps") and cfg.prompts_per_step % n:
         raise SystemExit(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of the {n} processes")
     if getattr(cfg, "shard", False) and cfg.adam_bits == 8:
@@ -1149,7 +1149,7 @@ def build(
     source = saved.model if saved and not cfg.lora_rank else cfg.model
     # On GPUs weights that stay as they are (evaluation, LoRA's base) are loaded in the dtype of the checkpoint: half of
     # the memory. A LoRA run's reference is the same model, so nothing is rounded differently in the two.
-    dtype = "auto" if bf16 and (not trains or cfg.lora_rank) else torch.float32
+    dtype = "auto" if bf16 and (not trains or cfg.lora_rank) else torch.float32  # mia_dpo.py build has no lora_rank
     model = load_model(source, dtype, device).requires_grad_(trains)
     if trains:
         adapters = make_trainable(model, cfg, saved and saved.model)

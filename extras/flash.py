@@ -24,7 +24,7 @@ def usable(device: torch.device) -> bool:
 def use(model: nn.Module, device: torch.device) -> None:
     """Switch a model to FlashAttention where GPU and family can.
 
-    All parts must support it: transformers would refuse LFM2-VL at the start, for its vision tower does not.
+    Every part of the model must support it: LFM2-VL's vision tower does not, and transformers would raise an error.
     Families whose forward takes token_type_ids (Gemma 3, PaliGemma), and Gemma 4 if so configured, let the tokens of an
     image see each other in both directions. flash-attn's masks cannot say so, and transformers would leave that out
     without a word.

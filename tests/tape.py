@@ -1,4 +1,4 @@
-"""Stand in for a CUDA graph: note a step's operations and repeat them on the same memory, without Python."""
+"""Stand in for a CUDA graph: note a step's operations and repeat them on the same memory, without the step's code."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        # Without autocast: its casts are among the operations, and what is below it must not be cast again.
+        # Autocast came before the operations were noted: its casts are among them.
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             for func, args, kwargs, out in self.calls:
                 for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
@@ -51,7 +51,10 @@ class Tape(TorchDispatchMode):
 
 
 def record(step, recording=contextlib.nullcontext) -> Callable[[], None]:
-    """Record a step, under `recording()`; afterwards all memory is as it was before, as with a CUDA graph."""
+    """Take a step under `recording()` to note it, which a CUDA graph would not, and restore what it reaches.
+
+    What it reaches: tensors in its closures and in objects there, but not those of models.
+    """
     before = [(tensor, tensor.clone()) for tensor in reachable(step, set())]
     with recording(), Tape() as tape:
         step()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,15 +228,19 @@ def test_the_configuration_launches(shapes_dir, tmp_path, shard):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     """NCCL would name a duplicate GPU, after the model has been loaded twice on it."""
+    accelerator = SimpleNamespace(num_processes=8, device=torch.device("cuda"))
+    monkeypatch.setattr(virft, "Accelerator", lambda **_: accelerator)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(SystemExit, match="8 processes were launched on 4 GPUs: --num_processes 4"):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(SystemExit, match=r"8 processes were launched for 4 GPU\(s\): .* --num_processes 4"):
         virft.connect(virft.Config())
 
 
 LEAVES = """
 import atexit, os, time
 from pathlib import Path
+from types import SimpleNamespace
 import virft
 folder, replaced = Path(os.environ["OUT"]), virft.replace_folder
 def slowly(*args):

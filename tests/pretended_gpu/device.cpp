@@ -1,8 +1,9 @@
 // A pretended GPU: tensors that say cuda:0 and lie in the memory of the CPU.
 //
-// An operation runs by the CPU's kernel, after a check that all its tensors are on this one GPU, as CUDA demands. What
-// would make Python wait for a GPU (`item`, copies from and to the CPU, shapes that depend on values) is refused while
-// a CUDA graph is being recorded. A process sees the GPU of its LOCAL_RANK, of PRETENDED_GPUS (default 1).
+// An operation first checks that all its tensors are on this GPU, as CUDA does, and then runs the CPU's kernel on the
+// same memory. What would make Python wait for a GPU (`item`, copies from and to the CPU, shapes that depend on values)
+// is refused while a CUDA graph is being recorded. PRETENDED_GPUS (default 1) is the number of GPUs; a process may use
+// only the one with the number LOCAL_RANK.
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
@@ -20,8 +21,10 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <set>
 #include <string>
+#include <vector>
 
 using at::Tensor;
 using c10::SymInt;
@@ -43,7 +46,8 @@ void waits(const std::string& what) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// What PyTorch asks a device: streams and events, of which there is one that is always done, memory, and how many.
+// What PyTorch asks of a device: how many there are, memory, streams and events. There is one stream, and its work is
+// always finished.
 
 struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   const c10::Stream stream = c10::Stream(c10::Stream::DEFAULT, GPU);
@@ -76,7 +80,7 @@ struct Memory final : c10::Allocator {
 Memory memory;
 REGISTER_ALLOCATOR(c10::DeviceType::CUDA, &memory)
 
-struct CUDAHooks : at::CUDAHooksInterface {  // PyTorch looks for this name
+struct CUDAHooks : at::CUDAHooksInterface {  // the registry looks up this class name
   explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool hasCUDA() const override { return true; }
@@ -97,7 +101,7 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 
 int64_t plain_attention(
     const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, std::optional<double>, bool) {
-  return 0;  // SDPBackend::math: of operations that are here
+  return 0;  // SDPBackend::math, which is made of ordinary operations
 }
 struct ChooseAttention {
   ChooseAttention() { at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&plain_attention); }
@@ -123,6 +127,7 @@ Tensor moved(const Tensor& t) {  // a copy
   return out;
 }
 
+// Stricter than CUDA: virft.py never uses another process's GPU, so doing that is a mistake.
 void check_mine(std::optional<at::Device> device) {
   bool mine = !device || !device->has_index() || device->index() == GPU.index();
   TORCH_CHECK(mine, *device, " belongs to another process than this one of ", GPU);
@@ -182,9 +187,10 @@ void resize_storage(const Tensor& t, int64_t bytes) {
 // ------------------------------------------------------------------------------------------------
 // Every other operation.
 
-const std::set<std::string> VALUES_GIVE_SHAPES = {
+// Their results reach Python, or have a shape that depends on values: CUDA waits.
+const std::set<std::string> READS_VALUES = {
     "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
-    "aten::repeat_interleave",  "aten::equal"};
+    "aten::repeat_interleave",  "aten::equal",         "aten::bincount"};
 
 void run(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -193,7 +199,8 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* 
   bool gpu = false, cpu = false;
   std::vector<std::pair<Tensor, Tensor>> written;  // a tensor of the GPU, and what stands for it on the CPU
   auto stand_in = [&](const Tensor& t, bool write) {
-    (on_gpu(t) ? gpu : cpu) |= t.defined() && (on_gpu(t) || t.dim() > 0);  // CUDA takes single numbers from the CPU
+    if (on_gpu(t)) gpu = true;
+    else if (t.defined() && t.dim() > 0) cpu = true;  // without dimensions: CUDA's operations take numbers of the CPU
     Tensor own = on_cpu(t);
     if (write && on_gpu(t)) written.emplace_back(t, own);
     return own;
@@ -208,7 +215,7 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* 
       c10::List<Tensor> list;
       for (const Tensor& t : value.toTensorVector()) list.push_back(stand_in(t, write));
       value = list;
-    } else if (value.isOptionalTensorList()) {  // indices, which CUDA takes from the CPU too, but copies
+    } else if (value.isOptionalTensorList()) {  // indices: CUDA takes them from the CPU too, by a copy, which waits
       c10::List<std::optional<Tensor>> list;
       for (std::optional<Tensor> t : value.toOptionalTensorList()) {
         if (t && t->defined()) {
@@ -224,11 +231,10 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* 
     }
   }
   TORCH_CHECK(!(gpu && cpu), "Expected all tensors to be on the same device, but found ", GPU, " and cpu in ", name);
-  if (VALUES_GIVE_SHAPES.count(name)) waits(name);
-  if (name == "aten::histc") (*stack)[first] = (*stack)[first].toTensor().to(at::kFloat);  // the CPU has it for these
+  if (READS_VALUES.count(name)) waits(name);
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   for (auto& [tensor, own] : written) {
-    if (own.sizes() != tensor.sizes()) {  // out=
+    if (own.sizes() != tensor.sizes()) {  // an out= tensor that the kernel has resized
       at::native::resize_output(tensor, own.sizes());
       on_cpu(tensor).copy_(own);
     }
@@ -265,7 +271,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_reshape_alias", &reshape_alias);
   m.impl("unfold", &at::native::unfold);
   m.impl("set_.source_Storage_storage_offset", &set_storage);
-  // These would choose CUDA's kernel by themselves, which is not here.
+  // These choose a kernel by the device of the tensors, and CUDA's is not in this build.
   for (const char* name : {"convolution", "_convolution", "convolution_backward"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run>());
 }

@@ -1,4 +1,4 @@
-"""Pretend a GPU in every Python process that has this folder in PYTHONPATH and device.cpp's library in PRETENDED_GPU.
+"""Give a Python process a pretended GPU: PYTHONPATH has this folder, PRETENDED_GPU the library made of device.cpp.
 
 Python imports a module of this name when it starts. The library must be loaded before torch asks which devices there
 are; then functions of torch.cuda that would need CUDA, and collectives that would need NCCL, are replaced.
@@ -22,7 +22,7 @@ import torch.distributed._functional_collectives  # noqa: E402
 import torch.distributed.tensor  # noqa: E402
 
 torch._dynamo.trace_rules.get_torch_obj_rule_map()  # before the functions are replaced, of which it holds a list
-sys.path[1:1] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # after the script's own folder
+sys.path[1:1] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # for extras and tape
 from extras import graph  # noqa: E402
 from tape import record  # noqa: E402
 
@@ -91,9 +91,9 @@ torch.Tensor.record_stream = nothing
 torch._C._cuda_getCurrentRawStream = constant(0)  # for bitsandbytes, which peft imports
 
 
-def resize_(storage, bytes: int, on_cpu=torch.UntypedStorage.resize_):
+def resize_(storage, bytes: int, original=torch.UntypedStorage.resize_):
     if storage.device.type == "cpu":
-        return on_cpu(storage, bytes)
+        return original(storage, bytes)
     GPU.resize_storage(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 0, (0,), (1,)), bytes)
     return storage
 
@@ -118,11 +118,12 @@ def recorded(step):
     return record(step, recording)
 
 
-graph.Graphs.__init__.__defaults__ = (recorded,)
+graph.Graphs.__init__.__defaults__ = (recorded,)  # in place of torch.cuda.graph
 
-# Collectives go by gloo, on the same memory. NCCL takes the GPU's tensors only; torch puts objects there by itself.
+# Collectives run by gloo on the CPU's view of the same memory. Like NCCL they refuse the CPU's tensors, but not within
+# the collectives of objects, where torch itself would move the pickled bytes to the GPU.
 
-depth = 0  # of calls among collectives: those of objects call others with tensors that are on the CPU here
+depth = 0  # how many collectives are running, one calling the other; above 0 the CPU's tensors are allowed
 
 
 def on_cpu(value):
@@ -133,7 +134,7 @@ def on_cpu(value):
     return [on_cpu(x) for x in value] if isinstance(value, list) else value
 
 
-def collective(function, *args, device_ids=None, **kwargs):
+def collective(function, *args, device_ids=None, **kwargs):  # device_ids: a barrier's, which gloo refuses
     return nested(function, *map(on_cpu, args), **{name: on_cpu(value) for name, value in kwargs.items()})
 
 

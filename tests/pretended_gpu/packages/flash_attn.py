@@ -1,4 +1,8 @@
-"""Stand in for the package flash-attn: what transformers calls of it, in plain PyTorch."""
+"""Stand in for the package flash-attn: what transformers calls of it, in plain PyTorch.
+
+transformers reads the signatures: softcap and deterministic are there, but nothing here passes them. Unlike the package
+it takes float32 too, so that results can be compared to the last digits.
+"""
 
 import sys
 from types import ModuleType
@@ -6,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-calls = 0
+calls = 0  # shows that the package was used
 
 
 @torch.autocast("cuda", enabled=False)
@@ -48,6 +52,7 @@ def flash_attn_with_kvcache(*args, **kwargs):
     raise NotImplementedError
 
 
+# transformers imports pad_input and unpad_input from here, and has copies of both with an underscore.
 bert_padding = ModuleType("flash_attn.bert_padding")
 bert_padding.__getattr__ = lambda name: getattr(sys.modules["transformers.modeling_flash_attention_utils"], f"_{name}")
 sys.modules[bert_padding.__name__] = bert_padding
