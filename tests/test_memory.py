@@ -245,13 +245,18 @@ def test_a_run_on_a_gpu_starts_with_its_forecast(make_run, monkeypatch):
 
     run, said = make_run(), []
     gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, is_main_process=True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    card = SimpleNamespace(total_memory=80e9, name="a card", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(virft, "load_model", load_model)
     monkeypatch.setattr(virft, "say", said.append)
     for trains in (True, False):
         with pytest.raises(Loads):
             virft.build(run.cfg, gpu, run.prompts, {}, trains)
     assert len(said) == 2 and all("GB, this GPU has 80" in line for line in said)
+    card.major = 7
+    with pytest.raises(Loads):
+        virft.build(run.cfg, gpu, run.prompts, {}, True)
+    assert said[-1] == "a card has capability 7.0: below 8.0 (Ampere) bf16 is slow"
 
 
 def test_supervised_training_is_forecast_with_one_answer_to_a_prompt(make_run, monkeypatch):
