@@ -300,10 +300,11 @@ def draw(logp: Tensor, u: Tensor | None) -> Tensor:
     if u is None:
         return logp.argmax(-1)
     # Take the first token whose cumulative probability exceeds u. In float64: a float32 sum over 150,000 tokens rounds
-    # rare ones away. u is scaled by the last sum (1 up to rounding), so the index is always below V. Without
-    # right=True, u = 0 could draw a token of probability 0.
+    # rare ones away. u is scaled by the last sum (1 up to rounding), so the index is below V. Without right=True, u = 0
+    # could draw a token of probability 0. NaN gives V, an index that would end the CUDA context and with it the run;
+    # clamped, it becomes a loss of NaN, and `optimizer_step` skips and counts the step.
     cdf = logp.double().exp().cumsum(-1)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp(max=cdf.shape[-1] - 1)
 
 
 def sample(
@@ -998,8 +999,11 @@ def load_model(name: str, dtype: Any, device: torch.device) -> nn.Module:
 def cast_frozen(model: nn.Module) -> None:
     """Store frozen weights in bf16 where autocast rounds them to bf16 anyway (Linear, Conv), in float32 elsewhere.
 
-    So pi_ref computes exactly what pi_theta computes before its first update, and the KL starts at exactly 0.
+    So pi_ref computes exactly what pi_theta computes before its first update, and the KL starts at exactly 0. The
+    weights of all experts of a layer, a 3D tensor that autocast leaves alone, keep the dtype in which they were loaded:
+    in float32 a mixture of experts would take almost twice the memory of its checkpoint.
     """
+    experts = {p for part in model.modules() if hasattr(part, "num_experts") for p in part.parameters(recurse=False)}
     exact = set()  # parameters that stay float32, among them an output layer that shares its weight with the embedding
     for part in model.modules():
         if not isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -1008,7 +1012,7 @@ def cast_frozen(model: nn.Module) -> None:
             # `PreTrainedModel.dtype` is that of the first parameter, and some families cast activations to it.
             exact.add(next(part.parameters()))
     for p in model.parameters():
-        if not p.requires_grad:
+        if not p.requires_grad and not (p in experts and p.dim() == 3):
             p.data = p.data.to(torch.float32 if p in exact else torch.bfloat16)
 
 
@@ -1087,6 +1091,9 @@ def connect(cfg: Any) -> Accelerator:
         raise SystemExit("--adam_bits 8: must be 32 with --shard, which bitsandbytes does not know")
     if not accelerator.is_main_process:
         transformers.utils.logging.disable_progress_bar()  # one bar of "Loading weights" is enough
+    # cuDNN's attention, PyTorch's first choice on Hopper and newer: under a mask, some lengths give NaN gradients
+    # (PyTorch issue 196678), and every new shape is planned anew.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.multiprocessing.set_sharing_strategy("file_system")  # the default can exceed the limit of open files
     return accelerator
 
@@ -1134,7 +1141,7 @@ def build(
         n = accelerator.num_processes
         say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen=cast_frozen, has=gpu.total_memory))
         if gpu.major < 8:
-            say(f"{gpu.name} has capability {gpu.major}.{gpu.minor}: below 8.0 (Ampere) bf16 is slow")
+            say(f"{gpu.name} has capability {gpu.major}.{gpu.minor}: below 8.0 (Ampere) bf16 is slow, attention large")
 
     def placed(model: nn.Module) -> nn.Module:
         """Store frozen weights compactly, choose the attention and, with --shard, divide the weights."""

@@ -131,6 +131,7 @@ def make_trainer(folder: Path, C: int, G: int, prompts: int, steps: int, **setti
     from trl import GRPOConfig, GRPOTrainer
 
     processor, gpu = AutoProcessor.from_pretrained(folder / "model"), torch.cuda.is_available()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as virft.connect does
     model = virft.load_model(str(folder / "model"), torch.float32, torch.device("cuda" if gpu else "cpu"))
     flash.use(model, model.device)  # as our side does, where it is installed
     eos, forbidden = virft.special_tokens(model, processor)

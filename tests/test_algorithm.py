@@ -124,6 +124,12 @@ MASKS = [  # ids, mask
 ]
 
 
+def test_nan_draws_a_token_that_exists():
+    """On a GPU an index outside the vocabulary would end the CUDA context."""
+    logp, u = torch.full((3, 5), torch.nan), torch.tensor([0.0, 0.5, 0.999], dtype=torch.float64)
+    assert (virft.draw(logp, u) < 5).all() and (virft.draw(logp, None) < 5).all()
+
+
 @pytest.mark.parametrize("ids, mask", MASKS)
 def test_completion_mask(ids, mask):
     """[6]"""

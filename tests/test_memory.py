@@ -47,6 +47,18 @@ def test_the_kl_starts_at_zero_in_a_gpus_dtypes(name):
     assert len(halved) > 10 and not any("norm" in n or "embed_tokens" in n for n in halved)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe", "aria"])
+@pytest.mark.parametrize("loaded", [torch.bfloat16, torch.float32])
+def test_experts_stay_as_they_were_loaded(name, loaded):
+    model = AutoModelForImageTextToText.from_config(getattr(test_processors, name)()).to(loaded).requires_grad_(False)
+    virft.cast_frozen(model)
+    experts = {n: p for n, p in model.named_parameters() if ".experts." in n and p.dim() == 3}
+    assert len(experts) >= 2 and {p.dtype for p in experts.values()} == {loaded}
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "norm" in n)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(input_ids=torch.arange(1, 9)[None]).logits.isfinite().all()
+
+
 def test_a_step_in_a_gpus_dtypes_says_its_gaps(make_run, monkeypatch):
     """The metric kl is exactly 0; the sampler's log-probabilities may differ from the scorer's by rounding."""
     monkeypatch.setattr(virft, "AUTOCAST", "cpu")
@@ -211,7 +223,7 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
         cfg = replace(virft.Config(), **flags)
         return memory.forecast(cfg, config, run.prompts, True, processes, virft.cast_frozen, has)
 
-    assert said(67e9).startswith("memory: needs about ") and "--" not in said(67e9)
+    assert said(71e9).startswith("memory: needs about ") and "--" not in said(71e9)
     assert "this GPU has 96; --micro_batch 16 takes less time and about 8" in said(96e9)
     assert "--micro_batch 32 takes less time and about 1" in said(150e9)
     assert "--" not in said(150e9, prompts_per_step=1) and "--micro_batch 16" in said(150e9, prompts_per_step=2)
@@ -219,14 +231,14 @@ def test_the_forecast_names_flags_that_fit(make_run, monkeypatch):
     assert "this GPU has 48; with --micro_batch 2 --adam_bits 8 about " in said(48e9)
     assert "with --micro_batch 2 --lora_rank 16 about" in said(24e9)
     assert "with --micro_batch 2 --shard true about" in said(30e9, processes=8)
-    assert "with --micro_batch 1 --lora_rank 16 --max_pixels 200704 about" in said(11.2e9)
+    assert "with --micro_batch 1 --lora_rank 16 --max_pixels 200704 about" in said(11.8e9)
     assert "adam_bits" not in said(20e9, processes=2, shard=True), "the command line would refuse it"
-    frugal = said(11.2e9, micro_batch=1, max_pixels=100_000)
-    assert frugal.endswith("GB, this GPU has 11") or "micro_batch" not in frugal and "max_pixels" not in frugal
-    assert "with --freeze_vision true --beta 0.0 --adam_bits 8 about" in said(24e9, micro_batch=1), "1 stays 1"
+    frugal = said(11.8e9, micro_batch=1, max_pixels=100_000)
+    assert frugal.endswith("GB, this GPU has 12") or "micro_batch" not in frugal and "max_pixels" not in frugal
+    assert "with --freeze_vision true --beta 0.0 --adam_bits 8 about" in said(25e9, micro_batch=1), "1 stays 1"
     assert "--" not in said(2e9), "nothing fits, nothing is advised"
     del run.prompts.processor.image_processor.merge_size
-    assert "max_pixels" not in said(11.2e9)
+    assert "max_pixels" not in said(11.8e9)
     assert memory.FLOAT32_BLOCK == virft.FLOAT32_BLOCK
     for config_of_dpo in (mia_dpo.TrainConfig(), mia_dpo.BuildConfig()):
         trains = hasattr(config_of_dpo, "lora_rank")
@@ -256,7 +268,7 @@ def test_a_run_on_a_gpu_starts_with_its_forecast(make_run, monkeypatch):
     card.major = 7
     with pytest.raises(Loads):
         virft.build(run.cfg, gpu, run.prompts, {}, True)
-    assert said[-1] == "a card has capability 7.0: below 8.0 (Ampere) bf16 is slow"
+    assert said[-1] == "a card has capability 7.0: below 8.0 (Ampere) bf16 is slow, attention large"
 
 
 def test_supervised_training_is_forecast_with_one_answer_to_a_prompt(make_run, monkeypatch):

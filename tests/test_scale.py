@@ -237,6 +237,13 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         virft.connect(virft.Config())
 
 
+def test_cudnn_attention_is_off():
+    """PyTorch issue 196678: gradients of NaN under a mask."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    virft.connect(virft.Config())
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 LEAVES = """
 import atexit, os, time
 from pathlib import Path
