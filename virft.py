@@ -945,10 +945,24 @@ class Run:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock - last
 
     def loader(self, prompts: Prompts, batches: Sequence[list[tuple[int, int]]]) -> DataLoader:
-        """Return a loader of these batches. Its workers ignore SIGTERM, which schedulers send to every process."""
+        """Return a loader of these batches, to be iterated at once: its workers are forked then, see `settle`.
+
+        The workers ignore SIGTERM, which schedulers send to every process.
+        """
+        if self.cfg.workers:
+            self.settle()
         return DataLoader(
             prompts, batch_sampler=batches, collate_fn=list, num_workers=self.cfg.workers, worker_init_fn=ignore_sigterm
         )  # fmt: skip
+
+    def settle(self) -> None:
+        """Let gloo's threads release the tensors of the last exchange, for which they take Python's locks.
+
+        A process that is forked meanwhile (Python 3.11) waits forever for a lock whose owner it does not have; one that
+        shuts down meanwhile may abort.
+        """
+        if self.accelerator.num_processes > 1:
+            time.sleep(0.5)
 
     def steps(self) -> Iterator[tuple[int, list[Prompt]]]:
         """Yield (step, this process's prompts) for the remaining steps; set the learning rate and show progress."""
@@ -1227,12 +1241,10 @@ def ignore_sigterm(worker: int) -> None:
 def finish(run: Run) -> None:
     """Wait for all processes, then close trackers and connections.
 
-    When a process fails, the launcher kills the others, which may still be saving. With gloo and --shard a process may
-    abort if Python shuts down while a thread still holds tensors of the last exchange.
+    When a process fails, the launcher kills the others, which may still be saving.
     """
     run.accelerator.wait_for_everyone()
-    if run.accelerator.num_processes > 1:
-        time.sleep(0.5)  # let gloo's threads release the tensors
+    run.settle()
     run.accelerator.end_training()
 
 

@@ -380,10 +380,10 @@ def evaluate(
     left = sorted(set(range(len(examples))) - {record["row"] for record in kept})
     mine, size = left[accelerator.process_index :: accelerator.num_processes], cfg.prompts_per_step
     batches = [[(i, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
-    loader = run.loader(run.prompts.of(examples), batches)
-    records, bar = [], tqdm(loader, desc="evaluate", disable=not run.main, dynamic_ncols=True)
+    records = []
     with run.gathered():  # here, because processes may have unequal numbers of batches
-        for prompts in bar:
+        loader = run.loader(run.prompts.of(examples), batches)
+        for prompts in tqdm(loader, desc="evaluate", disable=not run.main, dynamic_ncols=True):
             if stopping and stopping.requested:  # local, no exchange: batch counts may differ
                 break
             if cfg.skip_bad_images:

@@ -237,6 +237,17 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         virft.connect(virft.Config())
 
 
+def test_workers_are_forked_when_gloos_threads_are_done(make_run, monkeypatch):
+    """Python 3.11: a worker that is forked while a thread enters Python never starts, and the run waits for it."""
+    slept, run = [], make_run()
+    monkeypatch.setattr(virft.time, "sleep", slept.append)
+    monkeypatch.setattr(run, "accelerator", SimpleNamespace(num_processes=2))
+    for workers, expected in ((0, []), (1, [0.5])):
+        run.cfg.workers = workers
+        run.loader(run.prompts, [[(0, 0)]])
+        assert slept == expected
+
+
 def test_cudnn_attention_is_off():
     """PyTorch issue 196678: gradients of NaN under a mask."""
     torch.backends.cuda.enable_cudnn_sdp(True)
