@@ -535,7 +535,8 @@ def build(argv: list[str]) -> None:
         say(f"continuing with {len(kept)} answers from {folder}")
     done = {candidate["number"] for candidate in kept}
     left = [i for i in range(accelerator.process_index, len(examples), accelerator.num_processes) if i not in done]
-    run.settle()  # before workers are forked
+    if cfg.workers:
+        run.settle()
     loader = DataLoader(questions, cfg.batch, sampler=left, collate_fn=list, num_workers=cfg.workers)
     records, skipped = kept if main else [], []
     for batch in tqdm(loader, desc="build", disable=not main, dynamic_ncols=True):

@@ -301,8 +301,8 @@ def draw(logp: Tensor, u: Tensor | None) -> Tensor:
         return logp.argmax(-1)
     # Take the first token whose cumulative probability exceeds u. In float64: a float32 sum over 150,000 tokens rounds
     # rare ones away. u is scaled by the last sum (1 up to rounding), so the index is below V. Without right=True, u = 0
-    # could draw a token of probability 0. NaN gives V, an index that would end the CUDA context and with it the run;
-    # clamped, it becomes a loss of NaN, and `optimizer_step` skips and counts the step.
+    # could draw a token of probability 0. If logp is NaN, searchsorted returns V, which would crash the process on a
+    # GPU: hence the clamp. The loss is then NaN, and `optimizer_step` skips and counts the step.
     cdf = logp.double().exp().cumsum(-1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp(max=cdf.shape[-1] - 1)
 
@@ -945,9 +945,9 @@ class Run:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.clock - last
 
     def loader(self, prompts: Prompts, batches: Sequence[list[tuple[int, int]]]) -> DataLoader:
-        """Return a loader of these batches, to be iterated at once: its workers are forked then, see `settle`.
+        """Return a loader of these batches, to be iterated before the next exchange between processes: see `settle`.
 
-        The workers ignore SIGTERM, which schedulers send to every process.
+        Its workers ignore SIGTERM, which schedulers send to every process.
         """
         if self.cfg.workers:
             self.settle()
@@ -956,10 +956,10 @@ class Run:
         )  # fmt: skip
 
     def settle(self) -> None:
-        """Let gloo's threads release the tensors of the last exchange, for which they take Python's locks.
+        """Wait until gloo's threads have released the tensors of the last exchange; call it before a fork and the end.
 
-        A process that is forked meanwhile (Python 3.11) waits forever for a lock whose owner it does not have; one that
-        shuts down meanwhile may abort.
+        For that they hold a lock of Python for some microseconds. A process that is forked meanwhile (seen with 3.11)
+        inherits the lock and hangs; one that shuts down meanwhile may abort. Nothing tells that they are done: sleep.
         """
         if self.accelerator.num_processes > 1:
             time.sleep(0.5)
@@ -1013,9 +1013,10 @@ def load_model(name: str, dtype: Any, device: torch.device) -> nn.Module:
 def cast_frozen(model: nn.Module) -> None:
     """Store frozen weights in bf16 where autocast rounds them to bf16 anyway (Linear, Conv), in float32 elsewhere.
 
-    So pi_ref computes exactly what pi_theta computes before its first update, and the KL starts at exactly 0. The
-    weights of all experts of a layer, a 3D tensor that autocast leaves alone, keep the dtype in which they were loaded:
-    in float32 a mixture of experts would take almost twice the memory of its checkpoint.
+    So pi_ref computes exactly what pi_theta computes before its first update, and the KL starts at exactly 0.
+    Exception: the weights of a layer's experts, one 3D tensor that autocast leaves alone, stay as they were loaded:
+    float32 in the reference of full training, as in the policy, and the checkpoint's dtype in evaluation and as the
+    base of LoRA, where float32 would take twice the memory.
     """
     experts = {p for part in model.modules() if hasattr(part, "num_experts") for p in part.parameters(recurse=False)}
     exact = set()  # parameters that stay float32, among them an output layer that shares its weight with the embedding
@@ -1098,7 +1099,7 @@ def connect(cfg: Any) -> Accelerator:
         raise SystemExit(f"{launched} processes were launched, accelerate sees {n}: see `accelerate config`")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if accelerator.device.type == "cuda" and here > gpus:
-        raise SystemExit(f"{here} processes were launched for {gpus} GPU(s): give the launcher --num_processes {gpus}")
+        raise SystemExit(f"{here} processes were launched on this machine, which has {gpus} GPU(s): launch one per GPU")
     if hasattr(cfg, "steps") and cfg.prompts_per_step % n:
         raise SystemExit(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of the {n} processes")
     if getattr(cfg, "shard", False) and cfg.adam_bits == 8:
@@ -1155,7 +1156,7 @@ def build(
         n = accelerator.num_processes
         say(memory.forecast(cfg, config, prompts, trains, n, cast_frozen=cast_frozen, has=gpu.total_memory))
         if gpu.major < 8:
-            say(f"{gpu.name} has capability {gpu.major}.{gpu.minor}: below 8.0 (Ampere) bf16 is slow, attention large")
+            say(f"{gpu.name} has capability {gpu.major}.{gpu.minor}: below 8.0 bf16 is slow and attention takes more")
 
     def placed(model: nn.Module) -> nn.Module:
         """Store frozen weights compactly, choose the attention and, with --shard, divide the weights."""

@@ -103,7 +103,7 @@ def write_model(shape: str, folder: Path) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU takes a minute to draw the weights
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    del model  # from the GPU, where the sides are measured by processes of their own
+    del model  # to free the GPU: each side is measured in a process of its own
     torch.cuda.empty_cache()
     make_processor(shape, tokenizer).save_pretrained(folder)
 

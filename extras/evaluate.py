@@ -381,7 +381,8 @@ def evaluate(
     mine, size = left[accelerator.process_index :: accelerator.num_processes], cfg.prompts_per_step
     batches = [[(i, i) for i in mine[at : at + size]] for at in range(0, len(mine), size)]
     records = []
-    with run.gathered():  # here, because processes may have unequal numbers of batches
+    # Gather once, because processes may have unequal numbers of batches; make the loader after this exchange.
+    with run.gathered():
         loader = run.loader(run.prompts.of(examples), batches)
         for prompts in tqdm(loader, desc="evaluate", disable=not run.main, dynamic_ncols=True):
             if stopping and stopping.requested:  # local, no exchange: batch counts may differ

@@ -179,7 +179,7 @@ def forecast(
     need = max(needed(cfg, config, cast_frozen, P, patches, trains, processes).values())
     line = f"memory: needs about {need / GB:.0f} GB, this GPU has {has / GB:.0f}"
     limited = hasattr(prompts.processor.image_processor, "merge_size")  # by --max_pixels: data.show_whole_images
-    # The rest is for CUDA itself, what the allocator cannot use, and the forecast's error (up to 7%, docs/gpus.md).
+    # The rest is for CUDA itself, what the allocator cannot use, and the forecast's error: the ratios in docs/gpus.md.
     room, is_dpo = 0.9 * has, not hasattr(cfg, "group_size")
     G = answers_per_prompt(cfg)
     for remedy in REMEDIES if trains and need > room else ():

@@ -51,14 +51,16 @@ class Tape(TorchDispatchMode):
 
 
 def record(step, recording=contextlib.nullcontext) -> Callable[[], None]:
-    """Take a step under `recording()` to note it, which a CUDA graph would not, and restore what it reaches.
+    """Run a step once under `recording()` to note it, then restore every tensor that it changed and can be reached.
 
-    What it reaches: tensors in its closures and in objects there, but not those of models.
+    Recording a CUDA graph runs nothing.
     """
     before = [(tensor, tensor.clone()) for tensor in reachable(step, set())]
-    with recording(), Tape() as tape:
-        step()
-    for tensor, value in before:
-        if not torch.equal(tensor, value):
-            tensor.copy_(value)
+    try:
+        with recording(), Tape() as tape:
+            step()
+    finally:
+        for tensor, value in before:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
     return tape.replay

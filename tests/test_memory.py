@@ -268,7 +268,7 @@ def test_a_run_on_a_gpu_starts_with_its_forecast(make_run, monkeypatch):
     card.major = 7
     with pytest.raises(Loads):
         virft.build(run.cfg, gpu, run.prompts, {}, True)
-    assert said[-1] == "a card has capability 7.0: below 8.0 (Ampere) bf16 is slow, attention large"
+    assert said[-1] == "a card has capability 7.0: below 8.0 bf16 is slow and attention takes more"
 
 
 def test_supervised_training_is_forecast_with_one_answer_to_a_prompt(make_run, monkeypatch):

@@ -35,20 +35,20 @@ FEW = ("--prompts_per_step", 4, "--group_size", 4, "--max_completion_tokens", 24
 def pretended(tmp_path_factory):
     """A function that runs Python on pretended GPUs and returns what was printed."""
     library, torch_libraries = tmp_path_factory.mktemp("device") / "device.so", Path(torch.__file__).parent / "lib"
-    build = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{FOLDER}"]
+    build = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC"]
     build += [f"-I{path}" for path in cpp_extension.include_paths()]
     build += [FOLDER / "device.cpp", f"-L{torch_libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_libraries}"]
     subprocess.run([*build, "-o", library], check=True)
 
     def python(*argv, gpus: int = 1, packages: tuple[Path, ...] = ()) -> str:
-        of_others = (
+        launched = (
             "ACCELERATE_",
             "LOCAL_",
             "MASTER_",
             "RANK",
             "WORLD_SIZE",
-        )  # set where tests are themselves launched
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(of_others)}
+        )  # set if pytest itself is launched so
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
         folders = os.pathsep.join(map(str, (FOLDER, *packages, *filter(None, [os.environ.get("PYTHONPATH")]))))
         environment |= {
             "PRETENDED_GPU": str(library), "PRETENDED_GPUS": str(gpus), "PYTHONPATH": folders,
@@ -63,17 +63,9 @@ def pretended(tmp_path_factory):
     return python
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    shapes.write_split(folder, "train", 24, seed=0)
-    shapes.write_split(folder, "val", 8, seed=0)
-    return folder
-
-
-def flags(pictures: Path, out: Path, *more) -> list:
+def flags(shapes_dir: Path, out: Path, *more) -> list:
     model = ROOT / "demo" / "model"
-    return ["virft.py", "--task", "coco", "--data", pictures, "--model", model, "--out", out, "--workers", 1, *more]
+    return ["virft.py", "--task", "coco", "--data", shapes_dir, "--model", model, "--out", out, "--workers", 1, *more]
 
 
 def metrics(out: Path) -> list[dict]:
@@ -128,8 +120,9 @@ def test_flash_attn_learns_as_sdpa(pretended, tmp_path):
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
     (information / "top_level.txt").write_text("flash_attn\n")
     out = pretended(FOLDER / "families_worker.py", "flash", packages=(FOLDER / "packages", tmp_path))
-    calls = 0
-    for row in (json.loads(line) for line in out.splitlines() if line.startswith("{")):
+    calls, found = 0, [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [row["name"] for row in found] == list(FAMILIES)
+    for row in found:
         assert row["gradient"] < 1e-5 and row["bf16"] < 0.3, row
         by_sdpa = row["name"] in ("Gemma3", "PaliGemma", "Mllama", "LFM2-VL")  # masks or towers that it does not know
         assert (row["calls"] > calls) != by_sdpa, row
@@ -142,11 +135,11 @@ def change(out: Path) -> torch.Tensor:
     return torch.cat([(after[name] - before[name]).flatten() for name in before])
 
 
-def test_one_gpu_two_copies_and_two_shards_take_the_same_steps(pretended, pictures, tmp_path):
+def test_one_gpu_two_copies_and_two_shards_take_the_same_steps(pretended, shapes_dir, tmp_path):
     runs = {"one": (1, ()), "copies": (2, ()), "shards": (2, ("--shard", "true"))}
     more = (*FEW, "--eval_every", 3, "--eval_limit", 4)
     texts = {
-        name: pretended(*LAUNCH, *flags(pictures, tmp_path / name, *more, *own), gpus=gpus)
+        name: pretended(*LAUNCH, *flags(shapes_dir, tmp_path / name, *more, *own), gpus=gpus)
         for name, (gpus, own) in runs.items()
     }
     recorded = [name for name, text in texts.items() if "a step is recorded" in text]
@@ -164,9 +157,9 @@ def test_one_gpu_two_copies_and_two_shards_take_the_same_steps(pretended, pictur
         assert (tmp_path / name / "eval_000003" / "scores.json").exists()
 
 
-def test_adapters_on_shards_go_on_where_they_were_stopped(pretended, pictures, tmp_path):
+def test_adapters_on_shards_go_on_where_they_were_stopped(pretended, shapes_dir, tmp_path):
     out = tmp_path / "run"
-    argv = flags(pictures, out, *FEW, "--shard", "true", "--lora_rank", 4, "--micro_batch", 2, "--inner_epochs", 2)
+    argv = flags(shapes_dir, out, *FEW, "--shard", "true", "--lora_rank", 4, "--micro_batch", 2, "--inner_epochs", 2)
     pretended(*LAUNCH, *argv, "--save_every", 2, gpus=2)
     whole = metrics(out)
     shutil.rmtree(out / "model")
@@ -180,10 +173,10 @@ def test_adapters_on_shards_go_on_where_they_were_stopped(pretended, pictures, t
 
 
 @pytest.mark.parametrize("question", ["--check", "--ask", "--eval_only", "--sft", "--resample"])
-def test_what_else_virft_does(question, pretended, pictures, tmp_path):
-    value = {"--ask": next((pictures / "val").glob("*")), "--resample": 1}.get(question, "true")
+def test_what_else_virft_does(question, pretended, shapes_dir, tmp_path):
+    value = {"--ask": next((shapes_dir / "val").glob("*")), "--resample": 1}.get(question, "true")
     more = ("--categories", "red circle,blue square") if question == "--ask" else FEW
-    out = pretended(*flags(pictures, tmp_path / "run", question, value, *more))
+    out = pretended(*flags(shapes_dir, tmp_path / "run", question, value, *more))
     assert "as a CUDA graph" not in out and ("a step is recorded" in out) == (question != "--sft"), out
 
 

@@ -1,4 +1,4 @@
-"""Print how the pretended GPU differs from the CPU, a JSON line a family; argument flash: flash-attn from SDPA.
+"""Print a JSON line per family: how the pretended GPU differs from the CPU; with `flash`, flash-attn from SDPA.
 
 test_pretended_gpu.py runs it and sets the environment.
 """

@@ -21,7 +21,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.distributed._functional_collectives  # noqa: E402
 import torch.distributed.tensor  # noqa: E402
 
-torch._dynamo.trace_rules.get_torch_obj_rule_map()  # before the functions are replaced, of which it holds a list
+torch._dynamo.trace_rules.get_torch_obj_rule_map()  # its table lists the original functions
 sys.path[1:1] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]  # for extras and tape
 from extras import graph  # noqa: E402
 from tape import record  # noqa: E402
